@@ -1,0 +1,87 @@
+"""The errors a user can cause, each with the exit code that a script can test for.
+
+A command wraps its body in `run_command`, which prints one line,
+`jaxtune: error: what is wrong - how to fix it`, and exits; a traceback appears only with `--debug`
+or for errors that are ours (exit code 1).
+"""
+
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterable
+
+
+class JaxtuneError(Exception):
+    """Base of every error with a user-readable message; `exit_code` is the process's status."""
+
+    exit_code = 1
+
+
+class ConfigError(JaxtuneError):
+    """A wrong command line, config key or value, or combination of them."""
+
+    exit_code = 2
+
+
+class DataError(JaxtuneError):
+    """A data file that cannot be read, or rows that break its schema."""
+
+    exit_code = 3
+
+
+class WeightError(JaxtuneError):
+    """Weights, tokenizer, adapter or checkpoint files that are missing, damaged or do not fit."""
+
+    exit_code = 4
+
+
+class NumericsError(JaxtuneError):
+    """Training stopped because losses or gradients were not finite."""
+
+    exit_code = 5
+
+
+class StorageError(JaxtuneError):
+    """The disk is full, read-only, or otherwise refused a write that matters."""
+
+    exit_code = 74
+
+
+class PreemptedError(JaxtuneError):
+    """A signal stopped the run after its state was saved; start the same command to go on."""
+
+    exit_code = 75
+
+
+class LockedError(JaxtuneError):
+    """Another run is using the output directory."""
+
+    exit_code = 76
+
+
+def listing(lines: Iterable[str], limit: int = 20) -> str:
+    """Joins problems into an indented list, `limit` of them at most, with a count of the rest."""
+    lines = list(lines)
+    shown = [f"\n  {line}" for line in lines[:limit]]
+    if len(lines) > limit:
+        shown.append(f"\n  ... and {len(lines) - limit} more")
+    return "".join(shown)
+
+
+def run_command(main: Callable[[], None]) -> None:
+    """Runs a command's body and turns a `JaxtuneError` into one line and its exit code."""
+    debug = "--debug" in sys.argv
+    if debug:
+        sys.argv.remove("--debug")
+    try:
+        main()
+    except JaxtuneError as error:
+        if debug:
+            traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.write(f"jaxtune: error: {error}\n")
+        sys.stderr.flush()
+        # Background threads (prefetch, async save) may be blocked on what just failed.
+        os._exit(error.exit_code)
+    except BrokenPipeError:
+        os._exit(0)
