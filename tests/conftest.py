@@ -1,18 +1,23 @@
-"""Test session: eight simulated CPU devices, no network, nothing written outside temporary folders."""
+"""Test session: eight simulated CPU devices, no network, a temporary Hugging Face cache."""
 
+import atexit
 import os
+import shutil
 import socket
+import tempfile
 
-# Read by jax and huggingface_hub when they are first imported, hence before anything else.
+import pytest
+
+# Read by jax and huggingface_hub when they are first imported, which pytest itself never does.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 ).strip()
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="jaxtune-tests-")
+atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-
-import pytest
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
