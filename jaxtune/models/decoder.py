@@ -1,0 +1,154 @@
+"""The pre-norm decoder that Llama-like families share.
+
+A switch may enter here only if two families need it; otherwise the family writes its own block.
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxtune import ops
+from jaxtune.nn.attention import Attention
+from jaxtune.nn.cache import KVCache, append
+from jaxtune.nn.embed import Embed
+from jaxtune.nn.linear import Linear
+from jaxtune.nn.mlp import MLP
+from jaxtune.nn.norm import RMSNorm
+from jaxtune.nn.params import Policy
+from jaxtune.nn.rope import Rope, rope_table
+from jaxtune.nn.stack import make_stacks, scan_layers, stack_sizes
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    """Shapes and switches of a decoder; names follow Hugging Face where it has one."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    norm_eps: float
+    tie_embeddings: bool
+    attention_bias: bool
+    mlp_bias: bool
+    activation: str
+    max_positions: int
+    rope: Rope
+
+
+class Block(nnx.Module):
+    """x + attention(norm(x)), then + mlp(norm(x))."""
+
+    def __init__(self, config: DecoderConfig, policy: Policy, rngs: nnx.Rngs):
+        c = config
+        self.attn_norm = RMSNorm(c.hidden_size, c.norm_eps, policy=policy)
+        self.attn = Attention(
+            c.hidden_size,
+            num_heads=c.num_heads,
+            num_kv_heads=c.num_kv_heads,
+            head_dim=c.head_dim,
+            bias=c.attention_bias,
+            policy=policy,
+            rngs=rngs,
+        )
+        self.mlp_norm = RMSNorm(c.hidden_size, c.norm_eps, policy=policy)
+        self.mlp = MLP(
+            c.hidden_size,
+            c.intermediate_size,
+            activation=c.activation,
+            bias=c.mlp_bias,
+            policy=policy,
+            rngs=rngs,
+        )
+
+    def __call__(
+        self, x: jax.Array, rope: tuple, segments: tuple, cache: tuple | None
+    ) -> tuple[jax.Array, tuple | None]:
+        y, cache = self.attn(self.attn_norm(x), rope, segments, cache)
+        x = x + y
+        return x + self.mlp(self.mlp_norm(x)), cache
+
+
+class Decoder(nnx.Module):
+    """Tokens in, hidden states or logits out."""
+
+    def __init__(self, config: DecoderConfig, policy: Policy, rngs: nnx.Rngs):
+        self.config = config
+        self.policy = policy
+        self.stacks = stack_sizes(config.num_layers, policy.layers)
+        self.embed = Embed(config.vocab_size, config.hidden_size, policy=policy, rngs=rngs)
+        self.layers = make_stacks(functools.partial(Block, config, policy), self.stacks, rngs)
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps, policy=policy)
+        self.lm_head = nnx.data(None)
+        if not config.tie_embeddings:
+            shape = (config.hidden_size, config.vocab_size)
+            self.lm_head = Linear(*shape, axes=("embed", "vocab"), policy=policy, rngs=rngs)
+
+    def hidden(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array,
+        segment_ids: jax.Array | None,
+        cache: KVCache | None = None,
+    ) -> tuple[jax.Array, KVCache | None]:
+        """Normalised outputs of the last layer.
+
+        Args:
+            tokens: int32 [B, T].
+            positions: int32 [B, T], restarting in each packed example.
+            segment_ids: int32 [B, T]; tokens see earlier tokens of their own segment only.
+                None: each row is one segment (not with a cache).
+            cache: keys and values of earlier tokens; the new ones are appended.
+
+        Returns:
+            [B, T, D] in the compute dtype, and the new cache.
+        """
+        rope = rope_table(positions, self.config.rope)
+        key_segments, caches = segment_ids, None
+        if cache is not None:
+            assert segment_ids is not None
+            key_segments = append(cache.segment_ids, segment_ids, cache.length)
+            caches = list(zip(cache.k, cache.v, strict=True))
+
+        def apply(block: Block, x: jax.Array, slots: Any) -> tuple[jax.Array, Any]:
+            layer_cache = None if slots is None else (*slots, cache.length)  # type: ignore[union-attr]
+            return block(x, rope, (segment_ids, key_segments), layer_cache)
+
+        x, caches = scan_layers(
+            self.layers, self.embed(tokens), apply, caches, remat=self.policy.remat
+        )
+        if cache is not None:
+            k, v = (list(slots) for slots in zip(*caches, strict=True))
+            cache = KVCache(k, v, key_segments, cache.length + tokens.shape[1])
+        return self.norm(x), cache
+
+    def head(self) -> tuple[jax.Array, bool]:
+        """The output matrix, and whether it is [V, D] (a tied table) instead of [D, V]."""
+        if self.lm_head is None:
+            return self.embed.table.get_value(), True
+        return self.lm_head.kernel.get_value(), False
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """[..., D] -> float32 [..., V]."""
+        weight, transposed = self.head()
+        weight = weight.astype(hidden.dtype)
+        return ops.dot(hidden, weight.T if transposed else weight, jnp.float32)
+
+    def make_cache(self, batch: int, length: int) -> KVCache:
+        """An empty cache of `length` slots."""
+        c = self.config
+        return KVCache.create(
+            self.stacks,
+            batch=batch,
+            length=length,
+            num_kv_heads=c.num_kv_heads,
+            head_dim=c.head_dim,
+            dtype=self.policy.compute_dtype,
+        )

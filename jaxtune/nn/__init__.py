@@ -1,0 +1,1 @@
+"""The only layers that models may use; each takes a `Policy` and has slots for adapters."""

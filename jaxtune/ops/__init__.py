@@ -1,0 +1,23 @@
+"""Arrays in, arrays out: the numerical operations that layers are made of.
+
+Operations with several implementations are folders with one public function; the rest is one file
+each. None of them knows modules or configs.
+"""
+
+from jaxtune.ops.attention import attention
+from jaxtune.ops.cross_entropy import cross_entropy
+from jaxtune.ops.matmul import adapted_matmul, dot, matmul
+from jaxtune.ops.norm import rms_norm
+from jaxtune.ops.rotate import rotate
+from jaxtune.ops.swiglu import swiglu
+
+__all__ = [
+    "adapted_matmul",
+    "attention",
+    "cross_entropy",
+    "dot",
+    "matmul",
+    "rms_norm",
+    "rotate",
+    "swiglu",
+]
