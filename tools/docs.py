@@ -57,11 +57,16 @@ def range_text(metadata: typing.Mapping[str, typing.Any]) -> str:
     return f"at least {low}" if low is not None else f"at most {high}" if high is not None else ""
 
 
+def escaped(text: str) -> str:
+    """Text that Markdown would otherwise take for a tag or the end of a table cell."""
+    return text.replace("<", "&lt;").replace("|", "\\|")
+
+
 def section_text(name: str, section: type) -> str:
     """One section as a heading, its sentence and a table of its fields."""
     rows = [
         f"| `{name}.{field.name}` | {type_name(field.type)} | {default_text(field.default)} "
-        f"| {range_text(field.metadata)} | {field.metadata['doc']} |"
+        f"| {range_text(field.metadata)} | {escaped(field.metadata['doc'])} |"
         for field in dataclasses.fields(section)
     ]
     head = "| option | type | default | allowed | meaning |\n|---|---|---|---|---|"
