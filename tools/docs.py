@@ -1,4 +1,4 @@
-"""Writes the reference page of all options, docs/config.md, from the schema in jaxtune/config.py.
+"""Writes the reference page of all options, docs/config.md, from jaxtune/schema.py.
 
 python tools/docs.py            writes the page
 python tools/docs.py --check    exits with 1 if the page differs from what would be written
@@ -9,14 +9,14 @@ import sys
 import typing
 from pathlib import Path
 
-from jaxtune import config
+from jaxtune import schema
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "config.md"
 
 HEADER = """\
 # Options
 
-<!-- Written by tools/docs.py from jaxtune/config.py; change the schema, then run `make docs`. -->
+<!-- Written by tools/docs.py from jaxtune/schema.py; change the schema, then run `make docs`. -->
 
 Every option is `section.field`. A config file sets it as `c.section.field = value`, the command
 line as `--config.section.field=value`; values separated by commas make a list. A key that is not
@@ -75,7 +75,7 @@ def section_text(name: str, section: type) -> str:
 
 def page() -> str:
     """The whole reference page."""
-    sections = [section_text(name, section) for name, section in config.sections().items()]
+    sections = [section_text(name, section) for name, section in schema.sections().items()]
     return "\n".join([HEADER, *sections])
 
 
