@@ -1,283 +1,299 @@
-"""The one schema of a run, and the only file that knows ml_collections.
+"""From a config file and a command line to a checked `RunConfig`; only this file knows ml_collections.
 
 A config file returns `default()` with a few fields changed; the command line overrides single fields
-(`--config.peft.rank=8`). `resolve` checks every value and turns the editable tree into `RunConfig`,
-frozen dataclasses that the rest of the package reads. Each field carries its documentation and its
-range, from which `--help`, the reference page and the range checks are made.
+(`--config.peft.rank=8`). `resolve` checks every value against the schema and turns the editable tree
+into frozen dataclasses.
 """
 
 import dataclasses
 import difflib
 import importlib.util
 import json
-import sys
 import typing
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ml_collections
 from ml_collections import config_dict
 
 from jaxtune.errors import ConfigError, listing
+from jaxtune.schema import RunConfig, sections
 
 
-def _field(
-    default: Any,
-    doc: str,
-    *,
-    low: float | None = None,
-    high: float | None = None,
-    choices: tuple[str, ...] | None = None,
-) -> Any:
-    """One config field: default, documentation, inclusive range or allowed values."""
-    metadata = {"doc": doc, "low": low, "high": high, "choices": choices}
-    return dataclasses.field(default=default, metadata=metadata)
+def default() -> config_dict.ConfigDict:
+    """The editable tree of all fields with their defaults: typed, and locked against new keys."""
+    tree = config_dict.ConfigDict(type_safe=True)
+    for section, cls in sections().items():
+        hints = typing.get_type_hints(cls)
+        tree[section] = config_dict.ConfigDict(type_safe=True)
+        for field in dataclasses.fields(cls):
+            value = field.default
+            if value is None:
+                value = config_dict.placeholder(_value_type(hints[field.name]))
+            tree[section][field.name] = value
+    return tree.lock()
 
 
-@dataclass(frozen=True, kw_only=True)
-class Model:
-    """What is fine-tuned, and in which precision and layout it is computed."""
+def resolve(tree: config_dict.ConfigDict | typing.Mapping[str, Any]) -> RunConfig:
+    """Checks every value and returns the frozen config.
 
-    path: str = _field(
-        "tiny:llama",
-        "Hugging Face folder, .gguf file, hub id (org/name), "
-        "package:<pip package> for a package that ships a .gguf file, or tiny:<family>",
-    )
-    revision: str | None = _field(None, "branch, tag or commit when path is a hub id")
-    tokenizer: str | None = _field(None, "folder, .gguf file or hub id; default: the model's own")
-    compute_dtype: str = _field(
-        "auto",
-        "dtype of activations and matmul operands; auto: float32 on CPU, else bfloat16",
-        choices=("auto", "float32", "bfloat16"),
-    )
-    param_dtype: str = _field(
-        "auto",
-        "dtype in which frozen weights are kept (trained ones are always float32); "
-        "auto: compute_dtype",
-        choices=("auto", "float32", "bfloat16"),
-    )
-    softmax_dtype: str = _field(
-        "float32", "dtype of attention probabilities", choices=("float32", "bfloat16")
-    )
-    loss_dtype: str = _field(
-        "float32", "dtype of logits inside the loss", choices=("float32", "bfloat16")
-    )
-    attention: str = _field(
-        "auto",
-        "attention implementation; auto picks by platform and logs its choice",
-        choices=("auto", "reference", "xla"),
-    )
-    layers: str = _field(
-        "auto",
-        "scan: one compiled layer looped over stacked weights; unroll: each layer compiled "
-        "(faster on CPU, slower to compile); auto: unroll on CPU, else scan",
-        choices=("auto", "scan", "unroll"),
-    )
-    remat: str = _field(
-        "auto",
-        "what the backward pass recomputes: none, attention (its internals), dots (all but "
-        "matmul outputs), full (all but layer inputs); auto: none on CPU, else full",
-        choices=("auto", "none", "attention", "dots", "full"),
-    )
-    allow_nan: bool = _field(False, "load weights that contain NaN or infinity")
+    Raises:
+        ConfigError: listing every unknown key (with the nearest known one), ill-typed or
+            out-of-range value, and contradiction between fields.
+    """
+    if isinstance(tree, config_dict.ConfigDict):
+        tree = tree.to_dict()
+    problems: list[str] = []
+    known = sections()
+    for section in tree:
+        if section not in known:
+            problems.append(f"config.{section}: no such section" + _nearest(section, known))
+    values = {
+        name: _resolve_section(name, cls, tree.get(name, {}), problems)
+        for name, cls in known.items()
+    }
+    if not problems:
+        config = RunConfig(**values)
+        problems = _contradictions(config)
+        if not problems:
+            return config
+    if len(problems) == 1:
+        raise ConfigError(problems[0])
+    raise ConfigError(f"{len(problems)} problems in the config:{listing(problems)}")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Peft:
-    """Which parameters learn."""
-
-    method: str = _field(
-        "lora", "lora: low-rank adapters; full: every parameter", choices=("lora", "full")
-    )
-    rank: int = _field(16, "rank R of the adapter matrices", low=1, high=65536)
-    alpha: float = _field(32.0, "adapter scale is alpha / rank", low=0.0)
-    rslora: bool = _field(False, "scale by alpha / sqrt(rank) instead (rsLoRA)")
-    dropout: float = _field(0.0, "dropout on the adapter's input", low=0.0, high=0.99)
-    target_modules: tuple[str, ...] = _field(
-        ("all-linear",),
-        "layers that get an adapter: names (q_proj), regular expressions matched against the "
-        "whole path (layers.[0-3].mlp.*), or all-linear (all but the head)",
-    )
-    exclude_modules: tuple[str, ...] = _field((), "names or patterns taken out of the targets")
-    layers_to_transform: tuple[int, ...] = _field(
-        (), "indices of the layers that get adapters; empty: all"
-    )
-    adapter: str | None = _field(
-        None, "Hugging Face PEFT folder from which training continues (its rank and alpha are used)"
-    )
+def _resolve_section(name: str, cls: type, given: Any, problems: list[str]) -> Any:
+    if not isinstance(given, typing.Mapping):
+        problems.append(f"config.{name}={given!r}: a section cannot be set as a whole")
+        return cls()
+    hints = typing.get_type_hints(cls)
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    for key in given:
+        if key not in fields:
+            problems.append(f"config.{name}.{key}: no such key" + _nearest(key, fields))
+    values = {}
+    for key, field in fields.items():
+        if key in given:
+            try:
+                values[key] = _checked(given[key], hints[key], field)
+            except ValueError as error:
+                problems.append(f"config.{name}.{key}={given[key]!r}: {error}")
+    return cls(**values)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Data:
-    """What is learnt from, and how rows become batches."""
-
-    train: tuple[str, ...] = _field(
-        (), "training files or folders: .json, .jsonl (.gz), .parquet, datasets folder"
-    )
-    eval: tuple[str, ...] = _field((), "held-out files; empty: see eval_fraction")
-    eval_fraction: float = _field(
-        0.0, "share of the training rows held out when eval is empty", low=0.0, high=0.9
-    )
-    format: str = _field(
-        "auto",
-        "row schema; auto recognises it from the first row's fields",
-        choices=("auto", "alpaca", "messages"),
-    )
-    template: str | None = _field(
-        None, "built-in chat template (see docs/data.md); default: the tokenizer's own"
-    )
-    max_seq_len: int = _field(512, "tokens in a row, at most", low=8, high=1 << 20)
-    packing: bool = _field(
-        True, "several examples in a row, isolated from each other; false: one example a row"
-    )
-    pad_to: str = _field(
-        "max",
-        "row length without packing: max_seq_len, or the longest row of the batch rounded up "
-        "to 64 (compiles once per length)",
-        choices=("max", "longest"),
-    )
-    train_on: str = _field(
-        "answers",
-        "tokens that carry loss: the assistant's answers and their end-of-turn token, or all",
-        choices=("answers", "all"),
-    )
-    overlong: str = _field(
-        "truncate_right",
-        "examples longer than max_seq_len; each case is counted and reported",
-        choices=("truncate_right", "truncate_left", "drop", "error"),
-    )
-    on_bad_row: str = _field(
-        "error", "a row that breaks its schema: stop, or count and skip", choices=("error", "skip")
-    )
-    max_bad_fraction: float = _field(
-        0.01, "with on_bad_row=skip: stop above this share of bad rows", low=0.0, high=1.0
-    )
-    max_line_bytes: int = _field(8 << 20, "longest accepted line of a JSONL file", low=1024)
-    shuffle: bool = _field(True, "new deterministic order every epoch")
-    prefetch: int = _field(2, "batches prepared ahead by a background thread", low=0, high=64)
-    allow_change: bool = _field(False, "resume although the training data differ from the run's")
+def _checked(value: Any, hint: Any, field: dataclasses.Field) -> Any:
+    """The value in its field's type; ValueError says what is wrong with it."""
+    kind = _value_type(hint)
+    if value is None and type(None) in typing.get_args(hint):
+        return None
+    if kind is tuple:
+        item = typing.get_args(hint)[0]
+        if isinstance(value, str) or not isinstance(value, (tuple, list)):
+            raise ValueError(f"must be a tuple of {item.__name__}")
+        if not all(type(part) is item for part in value):
+            raise ValueError(f"must hold only {item.__name__}")
+        return tuple(value)
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind:
+        raise ValueError(f"must be {kind.__name__}, not {type(value).__name__}")
+    low, high, choices = (field.metadata[name] for name in ("low", "high", "choices"))
+    if choices is not None and value not in choices:
+        raise ValueError(f"must be one of {', '.join(choices)}" + _nearest(value, choices))
+    if kind is float and value != value:
+        raise ValueError("must be a number")
+    if low is not None and value < low or high is not None and value > high:
+        bounds = [f">= {low:g}"] * (low is not None) + [f"<= {high:g}"] * (high is not None)
+        raise ValueError("must be " + " and ".join(bounds))
+    return value
 
 
-@dataclass(frozen=True, kw_only=True)
-class Objective:
-    """What is minimised."""
-
-    name: str = _field("sft", "next-token cross-entropy on the trained tokens", choices=("sft",))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Optim:
-    """The optimizer and its schedule."""
-
-    name: str = _field("adamw", "optimizer", choices=("adamw",))
-    learning_rate: float = _field(2e-4, "peak learning rate", low=0.0, high=10.0)
-    schedule: str = _field(
-        "linear", "shape after warm-up", choices=("linear", "cosine", "constant")
-    )
-    warmup_steps: int = _field(0, "linear warm-up, optimizer steps", low=0)
-    warmup_ratio: float = _field(
-        0.0, "warm-up as a share of all steps; set one of the two", low=0.0, high=1.0
-    )
-    min_lr_ratio: float = _field(
-        0.0, "final learning rate as a share of the peak", low=0.0, high=1.0
-    )
-    b1: float = _field(0.9, "decay of the first moment", low=0.0, high=0.9999999)
-    b2: float = _field(0.999, "decay of the second moment", low=0.0, high=0.9999999)
-    eps: float = _field(1e-8, "added to the root of the second moment", low=0.0)
-    weight_decay: float = _field(0.0, "decoupled weight decay of matrices", low=0.0, high=1.0)
-    max_grad_norm: float = _field(1.0, "global gradient norm is clipped to this; 0: off", low=0.0)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Train:
-    """How long, how much at a time, and where the results go."""
-
-    output_dir: str = _field("runs/default", "folder for everything the run writes")
-    seed: int = _field(0, "seed of initial adapters, data order and dropout", low=0, high=2**31)
-    num_steps: int | None = _field(None, "optimizer steps; default: from num_epochs", low=1)
-    num_epochs: float = _field(1.0, "passes over the training data", low=0.0)
-    micro_batch_size: int = _field(4, "rows per data shard in one forward pass", low=1)
-    gradient_accumulation_steps: int = _field(1, "forward passes per optimizer step", low=1)
-    max_bad_steps: int = _field(
-        5, "consecutive non-finite steps (each skipped) before the run stops", low=1
-    )
-    compilation_cache: str = _field(
-        "~/.cache/jaxtune/xla", "folder of compiled programs kept between runs; empty: off"
-    )
+def _contradictions(config: RunConfig) -> list[str]:
+    """Combinations of fields that cannot work, whatever the model."""
+    c, problems = config, []
+    if not c.data.train:
+        problems.append("config.data.train is empty - name a training file")
+    if c.optim.warmup_steps and c.optim.warmup_ratio:
+        problems.append("config.optim: set warmup_steps or warmup_ratio, not both")
+    if c.peft.method == "full" and c.peft.adapter:
+        problems.append("config.peft.adapter needs peft.method=lora")
+    if c.peft.method == "lora" and not c.peft.target_modules:
+        problems.append("config.peft.target_modules is empty - e.g. all-linear")
+    if c.checkpoint.resume not in ("auto", "never") and not c.checkpoint.resume.isdecimal():
+        problems.append(
+            f"config.checkpoint.resume={c.checkpoint.resume!r}: must be auto, never or a step"
+        )
+    if c.checkpoint.keep_best and not c.eval.every_steps:
+        problems.append("config.checkpoint.keep_best needs eval.every_steps")
+    if c.data.eval and c.data.eval_fraction:
+        problems.append("config.data: set eval or eval_fraction, not both")
+    if (c.eval.every_steps or c.eval.exact_match) and not (c.data.eval or c.data.eval_fraction):
+        problems.append("config.eval needs held-out rows - set data.eval or data.eval_fraction")
+    if c.train.num_steps is None and c.train.num_epochs == 0:
+        problems.append("config.train: set num_steps, or num_epochs above 0")
+    axes = dataclasses.asdict(c.mesh)
+    problems += [f"config.mesh.{name}=0: must be -1 or >= 1" for name, n in axes.items() if n == 0]
+    if list(axes.values()).count(-1) > 1:
+        problems.append("config.mesh: only one axis may be -1")
+    return problems
 
 
-@dataclass(frozen=True, kw_only=True)
-class Mesh:
-    """How devices are arranged; one axis may be -1 (all that are left)."""
-
-    data: int = _field(1, "replicas with their own rows", low=-1)
-    fsdp: int = _field(-1, "shards of weights and optimizer state, with their own rows", low=-1)
-    tensor: int = _field(1, "shards of every matrix multiplication", low=-1)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Eval:
-    """Measurements on held-out rows."""
-
-    every_steps: int = _field(0, "optimizer steps between evaluations; 0: only at the end", low=0)
-    batch_size: int = _field(8, "rows per data shard", low=1)
-    exact_match: bool = _field(
-        False, "generate the last answer of each held-out row, before and after, and compare"
-    )
-    max_rows: int = _field(0, "rows used for exact_match; 0: all", low=0)
-    max_new_tokens: int = _field(128, "longest generated answer, tokens", low=1)
+def _value_type(hint: Any) -> type:
+    """str | None -> str, tuple[str, ...] -> tuple, int -> int."""
+    plain = [part for part in typing.get_args(hint) if part is not type(None)]
+    if typing.get_origin(hint) is tuple:
+        return tuple
+    return plain[0] if plain else hint
 
 
-@dataclass(frozen=True, kw_only=True)
-class Checkpoint:
-    """Saved states, resume and exports."""
-
-    every_steps: int = _field(0, "optimizer steps between checkpoints; 0: only at the end", low=0)
-    keep_last: int = _field(2, "newest checkpoints kept", low=1)
-    keep_best: int = _field(0, "checkpoints with the lowest eval loss kept besides", low=0)
-    resume: str = _field("auto", "auto: newest good checkpoint; never: start anew; or a step")
-    verify: str = _field(
-        "full",
-        "check on restore: checksums of all bytes, sizes only, or off",
-        choices=("full", "size", "off"),
-    )
-    export_adapter: bool = _field(True, "write a Hugging Face PEFT folder at the end (LoRA)")
-    export_merged: bool = _field(
-        False, "write a merged Hugging Face model at the end; full fine-tuning always does"
-    )
+def _nearest(name: str, known: typing.Iterable[str]) -> str:
+    close = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
+    return f" - did you mean {close[0]}?" if close else ""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Log:
-    """What is reported, and where."""
-
-    every_steps: int = _field(1, "optimizer steps between metric lines", low=1)
-    progress: str = _field(
-        "auto",
-        "bar (terminals), plain lines, or off; auto: bar on a terminal, else plain",
-        choices=("auto", "bar", "plain", "off"),
-    )
-    tensorboard: bool = _field(True, "write TensorBoard event files")
-    plot: bool = _field(True, "draw the loss curve (loss.png) at the end")
+def to_json(config: RunConfig) -> str:
+    """The resolved config as text; `from_json` reads it back."""
+    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
 
 
-@dataclass(frozen=True, kw_only=True)
-class RunConfig:
-    """Everything that defines a run."""
-
-    model: Model = Model()
-    peft: Peft = Peft()
-    data: Data = Data()
-    objective: Objective = Objective()
-    optim: Optim = Optim()
-    train: Train = Train()
-    mesh: Mesh = Mesh()
-    eval: Eval = Eval()
-    checkpoint: Checkpoint = Checkpoint()
-    log: Log = Log()
+def from_json(text: str) -> RunConfig:
+    """The config of a saved run (its config.json); ConfigError if it is not one."""
+    try:
+        return resolve(json.loads(text))
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"not a saved config: {error}") from error
 
 
-def sections() -> dict[str, type]:
-    """Section name -> dataclass, in the order of the schema."""
-    return {f.name: type(f.default) for f in dataclasses.fields(RunConfig)}
+def load_file(path: str) -> config_dict.ConfigDict:
+    """Runs `get_config()` of a config file, or reads a saved config.json.
+
+    Raises:
+        ConfigError: naming the file and, for an error in it, the line.
+    """
+    if not Path(path).is_file():
+        raise ConfigError(f"--config={path}: no such file - e.g. --config=configs/lora_llama.py")
+    if path.endswith(".json"):
+        tree = default()
+        _update(tree, dataclasses.asdict(from_json(Path(path).read_text())))
+        return tree
+    spec = importlib.util.spec_from_file_location("jaxtune_config", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        return module.get_config()
+    except Exception as error:  # a config file is a program: whatever it raises is its author's
+        line = _error_line(error, path)
+        first = str(error).strip().splitlines()[0] if str(error).strip() else ""
+        raise ConfigError(f"{path}:{line}: {type(error).__name__}: {first}") from error
+
+
+def _update(tree: config_dict.ConfigDict, values: typing.Mapping[str, Any]) -> None:
+    for section, fields in values.items():
+        for key, value in fields.items():
+            if value is not None:
+                tree[section][key] = tuple(value) if isinstance(value, list) else value
+
+
+def _error_line(error: BaseException, path: str) -> int:
+    if isinstance(error, SyntaxError):
+        return error.lineno or 0
+    lines, trace = [0], error.__traceback__
+    while trace is not None:
+        if trace.tb_frame.f_code.co_filename == path:
+            lines.append(trace.tb_lineno)
+        trace = trace.tb_next
+    return lines[-1]
+
+
+def parse_arguments(argv: list[str]) -> RunConfig:
+    """Reads `--config=FILE` and any number of `--config.section.field=value`.
+
+    Tuples may be written as a list with commas (`--config.data.train=a.jsonl,b.jsonl`).
+
+    Raises:
+        ConfigError: unknown or malformed arguments, or what `resolve` refuses.
+    """
+    path, overrides = None, []
+    for argument in argv:
+        key, equals, value = argument.partition("=")
+        if not key.startswith("--config") or not equals:
+            raise ConfigError(
+                f"argument {argument!r} is not of the form --config=FILE or "
+                "--config.section.field=value (see --help)"
+            )
+        if key == "--config":
+            path = value
+        else:
+            overrides.append((key.removeprefix("--config."), value))
+    if path is None:
+        raise ConfigError("--config=FILE is missing - e.g. --config=configs/lora_llama.py")
+    tree = load_file(path)
+    problems = []
+    for key, value in overrides:
+        try:
+            _override(tree, key, value)
+        except ValueError as error:
+            problems.append(str(error))
+    if problems:
+        raise ConfigError("; ".join(problems))
+    return resolve(tree)
+
+
+def _override(tree: config_dict.ConfigDict, key: str, text: str) -> None:
+    section, _, name = key.partition(".")
+    known = sections()
+    if section not in known:
+        raise ValueError(f"config.{key}: no section {section!r}" + _nearest(section, known))
+    hints = typing.get_type_hints(known[section])
+    if name not in hints:
+        raise ValueError(f"config.{key}: no such key" + _nearest(name, hints))
+    hint = hints[name]
+    if text == "None" and type(None) in typing.get_args(hint):
+        value: Any = None
+    elif _value_type(hint) is tuple:
+        item = typing.get_args(hint)[0]
+        parts = text.strip("()").split(",")
+        value = tuple(_parse(key, part.strip(" '\""), item) for part in parts if part.strip())
+    else:
+        value = _parse(key, text, _value_type(hint))
+    tree[section][name] = value
+
+
+def _parse(key: str, text: str, kind: type) -> Any:
+    try:
+        if kind is bool:
+            return {"true": True, "false": False, "1": True, "0": False}[text.lower()]
+        return kind(text)
+    except (ValueError, KeyError):
+        raise ValueError(f"config.{key}={text!r}: must be {kind.__name__}") from None
+
+
+def usage(command: str) -> str:
+    """Help text: every field with its type, default, range and documentation."""
+    lines = [f"usage: python -m {command} --config=FILE [--config.section.field=value ...]", ""]
+    for section, cls in sections().items():
+        lines += [f"{section}: {cls.__doc__}"]
+        for field in dataclasses.fields(cls):
+            lines += [f"  --config.{section}.{field.name}={describe_default(field)}"]
+            lines += [f"      {describe_field(cls, field)}"]
+        lines += [""]
+    return "\n".join(lines)
+
+
+def describe_default(field: dataclasses.Field) -> str:
+    """A field's default as one would type it."""
+    if isinstance(field.default, tuple):
+        return ",".join(map(str, field.default))
+    return str(field.default)
+
+
+def describe_field(cls: type, field: dataclasses.Field) -> str:
+    """Type, range or choices, and documentation of a field, on one line."""
+    hint = typing.get_type_hints(cls)[field.name]
+    name = getattr(hint, "__name__", str(hint)) if not typing.get_args(hint) else str(hint)
+    low, high, choices = (field.metadata[key] for key in ("low", "high", "choices"))
+    if choices is not None:
+        name = "|".join(choices)
+    elif low is not None or high is not None:
+        name += f" [{'' if low is None else f'{low:g}'}..{'' if high is None else f'{high:g}'}]"
+    return f"{name}: {field.metadata['doc']}"

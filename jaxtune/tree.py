@@ -45,13 +45,18 @@ class Skeleton:
     def model(self, params: Mapping[str, Any]) -> Any:
         """A model that holds `params`, one array for every variable of the skeleton."""
         state = nnx.from_flat_state(
-            [(path, variable.replace(params[name])) for name, (path, variable) in self.variables.items()]
+            [
+                (path, variable.replace(params[name]))
+                for name, (path, variable) in self.variables.items()
+            ]
         )
         return nnx.merge(self.graphdef, state)
 
     def select(self, kind: type[nnx.Variable]) -> set[str]:
         """Names of the variables of one type."""
-        return {name for name, (_, variable) in self.variables.items() if isinstance(variable, kind)}
+        return {
+            name for name, (_, variable) in self.variables.items() if isinstance(variable, kind)
+        }
 
     def axes(self, name: str) -> tuple[str | None, ...]:
         """Logical names of the trailing axes of a parameter; () if it has none."""

@@ -59,7 +59,9 @@ class Attention(nnx.Module):
         )
         if cache is None:
             attend = functools.partial(self._attend, segments=segments)
-            y = (jax.checkpoint(attend) if self.policy.remat == "attention" else attend)(q, k, v, rope)
+            y = (jax.checkpoint(attend) if self.policy.remat == "attention" else attend)(
+                q, k, v, rope
+            )
             new = None
         else:
             slots_k, slots_v, length = cache

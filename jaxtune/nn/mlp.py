@@ -23,7 +23,14 @@ class MLP(nnx.Module):
     """[..., D] -> [..., D] through width F."""
 
     def __init__(
-        self, width: int, hidden: int, *, activation: str, bias: bool, policy: Policy, rngs: nnx.Rngs
+        self,
+        width: int,
+        hidden: int,
+        *,
+        activation: str,
+        bias: bool,
+        policy: Policy,
+        rngs: nnx.Rngs,
     ):
         make = functools.partial(Linear, bias=bias, policy=policy, rngs=rngs)
         self.gate = GATES[activation]

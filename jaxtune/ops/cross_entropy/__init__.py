@@ -108,9 +108,7 @@ def _scan_chunks(
 
     def body(dw: jax.Array | None, xs: tuple) -> tuple:
         skip = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(chunk, *xs))
-        loss, correct, dx, dw_part = jax.lax.cond(
-            jnp.any(xs[2] != 0), chunk, lambda *_: skip, *xs
-        )
+        loss, correct, dx, dw_part = jax.lax.cond(jnp.any(xs[2] != 0), chunk, lambda *_: skip, *xs)
         return (None if dw is None else dw + dw_part), (loss, correct, dx)
 
     dw = jnp.zeros(w.shape, jnp.float32) if of_w else None

@@ -1,0 +1,45 @@
+"""The optimizer: a schedule and an optax chain from plain numbers."""
+
+from collections.abc import Mapping
+
+import optax
+
+from jaxtune.schema import Optim
+
+
+def make_schedule(config: Optim, num_steps: int) -> optax.Schedule:
+    """Learning rate by step: linear warm-up, then constant, linear or cosine to the end.
+
+    As in transformers' schedulers the first step has learning rate 0 when there is a warm-up, and
+    decay ends at `num_steps`.
+    """
+    warmup = config.warmup_steps or round(config.warmup_ratio * num_steps)
+    rest, peak = max(num_steps - warmup, 1), config.learning_rate
+    after = {
+        "constant": optax.constant_schedule(peak),
+        "linear": optax.linear_schedule(peak, peak * config.min_lr_ratio, rest),
+        "cosine": optax.cosine_decay_schedule(peak, rest, alpha=config.min_lr_ratio),
+    }[config.schedule]
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, max(warmup, 1)), after], [warmup])
+
+
+def make_optimizer(
+    config: Optim, schedule: optax.Schedule, decayed: Mapping[str, bool]
+) -> optax.GradientTransformation:
+    """Clipping by global norm, then AdamW (Loshchilov & Hutter 2017, arXiv 1711.05101).
+
+    Args:
+        config: numbers of the optimizer.
+        schedule: learning rate by step.
+        decayed: for each parameter, whether weight decay applies (matrices, not norms and biases).
+    """
+    clip = optax.clip_by_global_norm(config.max_grad_norm)
+    adamw = optax.adamw(
+        schedule,
+        b1=config.b1,
+        b2=config.b2,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        mask=dict(decayed),
+    )
+    return optax.chain(clip, adamw) if config.max_grad_norm else adamw

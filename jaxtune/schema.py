@@ -1,0 +1,270 @@
+"""The schema of a run: every option once, with its type, default, range and documentation.
+
+`--help`, the reference page and the range checks of `config.resolve` are made from these fields. The
+dataclasses are frozen: what the rest of the package reads can no longer change.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+
+def _field(
+    default: Any,
+    doc: str,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    choices: tuple[str, ...] | None = None,
+) -> Any:
+    """One config field: default, documentation, inclusive range or allowed values."""
+    metadata = {"doc": doc, "low": low, "high": high, "choices": choices}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """What is fine-tuned, and in which precision and layout it is computed."""
+
+    path: str = _field(
+        "tiny:llama",
+        "Hugging Face folder, .gguf file, hub id (org/name), "
+        "package:<pip package> for a package that ships a .gguf file, or tiny:<family>",
+    )
+    revision: str | None = _field(None, "branch, tag or commit when path is a hub id")
+    tokenizer: str | None = _field(None, "folder, .gguf file or hub id; default: the model's own")
+    compute_dtype: str = _field(
+        "auto",
+        "dtype of activations and matmul operands; auto: float32 on CPU, else bfloat16",
+        choices=("auto", "float32", "bfloat16"),
+    )
+    param_dtype: str = _field(
+        "auto",
+        "dtype in which frozen weights are kept (trained ones are always float32); "
+        "auto: compute_dtype",
+        choices=("auto", "float32", "bfloat16"),
+    )
+    softmax_dtype: str = _field(
+        "float32", "dtype of attention probabilities", choices=("float32", "bfloat16")
+    )
+    loss_dtype: str = _field(
+        "float32", "dtype of logits inside the loss", choices=("float32", "bfloat16")
+    )
+    attention: str = _field(
+        "auto",
+        "attention implementation; auto picks by platform and logs its choice",
+        choices=("auto", "reference", "xla"),
+    )
+    layers: str = _field(
+        "auto",
+        "scan: one compiled layer looped over stacked weights; unroll: each layer compiled "
+        "(faster on CPU, slower to compile); auto: unroll on CPU, else scan",
+        choices=("auto", "scan", "unroll"),
+    )
+    remat: str = _field(
+        "auto",
+        "what the backward pass recomputes: none, attention (its internals), dots (all but "
+        "matmul outputs), full (all but layer inputs); auto: none on CPU, else full",
+        choices=("auto", "none", "attention", "dots", "full"),
+    )
+    allow_nan: bool = _field(False, "load weights that contain NaN or infinity")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Peft:
+    """Which parameters learn."""
+
+    method: str = _field(
+        "lora", "lora: low-rank adapters; full: every parameter", choices=("lora", "full")
+    )
+    rank: int = _field(16, "rank R of the adapter matrices", low=1, high=65536)
+    alpha: float = _field(32.0, "adapter scale is alpha / rank", low=0.0)
+    rslora: bool = _field(False, "scale by alpha / sqrt(rank) instead (rsLoRA)")
+    dropout: float = _field(0.0, "dropout on the adapter's input", low=0.0, high=0.99)
+    target_modules: tuple[str, ...] = _field(
+        ("all-linear",),
+        "layers that get an adapter: names (q_proj), regular expressions matched against the "
+        "whole path (layers.[0-3].mlp.*), or all-linear (all but the head)",
+    )
+    exclude_modules: tuple[str, ...] = _field((), "names or patterns taken out of the targets")
+    layers_to_transform: tuple[int, ...] = _field(
+        (), "indices of the layers that get adapters; empty: all"
+    )
+    adapter: str | None = _field(
+        None, "Hugging Face PEFT folder from which training continues (its rank and alpha are used)"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """What is learnt from, and how rows become batches."""
+
+    train: tuple[str, ...] = _field(
+        (), "training files or folders: .json, .jsonl (.gz), .parquet, datasets folder"
+    )
+    eval: tuple[str, ...] = _field((), "held-out files; empty: see eval_fraction")
+    eval_fraction: float = _field(
+        0.0, "share of the training rows held out when eval is empty", low=0.0, high=0.9
+    )
+    format: str = _field(
+        "auto",
+        "row schema; auto recognises it from the first row's fields",
+        choices=("auto", "alpaca", "messages"),
+    )
+    template: str | None = _field(
+        None, "built-in chat template (see docs/data.md); default: the tokenizer's own"
+    )
+    max_seq_len: int = _field(512, "tokens in a row, at most", low=8, high=1 << 20)
+    packing: bool = _field(
+        True, "several examples in a row, isolated from each other; false: one example a row"
+    )
+    pad_to: str = _field(
+        "max",
+        "row length without packing: max_seq_len, or the longest row of the batch rounded up "
+        "to 64 (compiles once per length)",
+        choices=("max", "longest"),
+    )
+    train_on: str = _field(
+        "answers",
+        "tokens that carry loss: the assistant's answers and their end-of-turn token, or all",
+        choices=("answers", "all"),
+    )
+    overlong: str = _field(
+        "truncate_right",
+        "examples longer than max_seq_len; each case is counted and reported",
+        choices=("truncate_right", "truncate_left", "drop", "error"),
+    )
+    on_bad_row: str = _field(
+        "error", "a row that breaks its schema: stop, or count and skip", choices=("error", "skip")
+    )
+    max_bad_fraction: float = _field(
+        0.01, "with on_bad_row=skip: stop above this share of bad rows", low=0.0, high=1.0
+    )
+    max_line_bytes: int = _field(8 << 20, "longest accepted line of a JSONL file", low=1024)
+    shuffle: bool = _field(True, "new deterministic order every epoch")
+    prefetch: int = _field(2, "batches prepared ahead by a background thread", low=0, high=64)
+    allow_change: bool = _field(False, "resume although the training data differ from the run's")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """What is minimised."""
+
+    name: str = _field("sft", "next-token cross-entropy on the trained tokens", choices=("sft",))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optim:
+    """The optimizer and its schedule."""
+
+    name: str = _field("adamw", "optimizer", choices=("adamw",))
+    learning_rate: float = _field(2e-4, "peak learning rate", low=0.0, high=10.0)
+    schedule: str = _field(
+        "linear", "shape after warm-up", choices=("linear", "cosine", "constant")
+    )
+    warmup_steps: int = _field(0, "linear warm-up, optimizer steps", low=0)
+    warmup_ratio: float = _field(
+        0.0, "warm-up as a share of all steps; set one of the two", low=0.0, high=1.0
+    )
+    min_lr_ratio: float = _field(
+        0.0, "final learning rate as a share of the peak", low=0.0, high=1.0
+    )
+    b1: float = _field(0.9, "decay of the first moment", low=0.0, high=0.9999999)
+    b2: float = _field(0.999, "decay of the second moment", low=0.0, high=0.9999999)
+    eps: float = _field(1e-8, "added to the root of the second moment", low=0.0)
+    weight_decay: float = _field(0.0, "decoupled weight decay of matrices", low=0.0, high=1.0)
+    max_grad_norm: float = _field(1.0, "global gradient norm is clipped to this; 0: off", low=0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """How long, how much at a time, and where the results go."""
+
+    output_dir: str = _field("runs/default", "folder for everything the run writes")
+    seed: int = _field(0, "seed of initial adapters, data order and dropout", low=0, high=2**31)
+    num_steps: int | None = _field(None, "optimizer steps; default: from num_epochs", low=1)
+    num_epochs: float = _field(1.0, "passes over the training data", low=0.0)
+    micro_batch_size: int = _field(4, "rows per data shard in one forward pass", low=1)
+    gradient_accumulation_steps: int = _field(1, "forward passes per optimizer step", low=1)
+    max_bad_steps: int = _field(
+        5, "consecutive non-finite steps (each skipped) before the run stops", low=1
+    )
+    compilation_cache: str = _field(
+        "~/.cache/jaxtune/xla", "folder of compiled programs kept between runs; empty: off"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mesh:
+    """How devices are arranged; one axis may be -1 (all that are left)."""
+
+    data: int = _field(1, "replicas with their own rows", low=-1)
+    fsdp: int = _field(-1, "shards of weights and optimizer state, with their own rows", low=-1)
+    tensor: int = _field(1, "shards of every matrix multiplication", low=-1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Eval:
+    """Measurements on held-out rows."""
+
+    every_steps: int = _field(0, "optimizer steps between evaluations; 0: only at the end", low=0)
+    batch_size: int = _field(8, "rows per data shard", low=1)
+    exact_match: bool = _field(
+        False, "generate the last answer of each held-out row, before and after, and compare"
+    )
+    max_rows: int = _field(0, "rows used for exact_match; 0: all", low=0)
+    max_new_tokens: int = _field(128, "longest generated answer, tokens", low=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """Saved states, resume and exports."""
+
+    every_steps: int = _field(0, "optimizer steps between checkpoints; 0: only at the end", low=0)
+    keep_last: int = _field(2, "newest checkpoints kept", low=1)
+    keep_best: int = _field(0, "checkpoints with the lowest eval loss kept besides", low=0)
+    resume: str = _field("auto", "auto: newest good checkpoint; never: start anew; or a step")
+    verify: str = _field(
+        "full",
+        "check on restore: checksums of all bytes, sizes only, or off",
+        choices=("full", "size", "off"),
+    )
+    export_adapter: bool = _field(True, "write a Hugging Face PEFT folder at the end (LoRA)")
+    export_merged: bool = _field(
+        False, "write a merged Hugging Face model at the end; full fine-tuning always does"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Log:
+    """What is reported, and where."""
+
+    every_steps: int = _field(1, "optimizer steps between metric lines", low=1)
+    progress: str = _field(
+        "auto",
+        "bar (terminals), plain lines, or off; auto: bar on a terminal, else plain",
+        choices=("auto", "bar", "plain", "off"),
+    )
+    tensorboard: bool = _field(True, "write TensorBoard event files")
+    plot: bool = _field(True, "draw the loss curve (loss.png) at the end")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything that defines a run."""
+
+    model: Model = Model()
+    peft: Peft = Peft()
+    data: Data = Data()
+    objective: Objective = Objective()
+    optim: Optim = Optim()
+    train: Train = Train()
+    mesh: Mesh = Mesh()
+    eval: Eval = Eval()
+    checkpoint: Checkpoint = Checkpoint()
+    log: Log = Log()
+
+
+def sections() -> dict[str, type]:
+    """Section name -> dataclass, in the order of the schema."""
+    return {f.name: type(f.default) for f in dataclasses.fields(RunConfig)}

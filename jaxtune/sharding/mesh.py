@@ -1,0 +1,30 @@
+"""The device mesh: data, fsdp and tensor axes."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh
+
+from jaxtune.errors import ConfigError
+
+
+def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Arranges devices in the given axes, one of which may be -1 (all that are left).
+
+    Raises:
+        ConfigError: the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    fixed = math.prod(n for n in sizes.values() if n != -1)
+    resolved = {name: len(devices) // fixed if n == -1 else n for name, n in sizes.items()}
+    if math.prod(resolved.values()) != len(devices):
+        asked = " x ".join(f"{name}={n}" for name, n in sizes.items())
+        raise ConfigError(
+            f"config.mesh: {asked} does not fit {len(devices)} devices - "
+            "the product must equal their number; set one axis to -1"
+        )
+    axis_types = (AxisType.Auto,) * len(resolved)
+    shape = tuple(resolved.values())
+    return Mesh(np.array(devices).reshape(shape), tuple(resolved), axis_types=axis_types)

@@ -1,0 +1,135 @@
+"""One optimizer step, jitted, with donated state.
+
+Losses and gradients are summed over micro-batches in float32 and divided once by the sum of weights:
+exact for packed and uneven micro-batches. A step whose loss or gradient is not finite leaves
+parameters and optimizer state as they were, bit for bit, and is counted.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxtune import peft
+from jaxtune.tree import Params, Skeleton
+
+Metrics = dict[str, jax.Array]
+Objective = Callable[[Any, Any], tuple[jax.Array, Metrics]]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TrainState:
+    """What a step changes.
+
+    Attributes:
+        step: int32, optimizer steps taken, skipped ones included.
+        bad_steps: int32, consecutive skipped steps up to now.
+        trainable: float32 parameters by name.
+        opt_state: the optimizer's state.
+    """
+
+    step: jax.Array
+    bad_steps: jax.Array
+    trainable: Params
+    opt_state: Any
+
+
+def make_train_step(
+    skeleton: Skeleton,
+    objective: Objective,
+    tx: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    seed: int,
+    state_shardings: Any = None,
+) -> Callable[[TrainState, Params, Any], tuple[TrainState, Metrics]]:
+    """Builds `train_step(state, frozen, batch)`; batch leaves are [A, B, T].
+
+    Returns:
+        A function to the new state and float32 scalars: loss, accuracy, grad_norm, learning_rate,
+        tokens (real ones), targets (sum of weights), bad_steps, skipped.
+    """
+
+    def loss(trainable: Params, frozen: Params, micro: Any, key: jax.Array) -> tuple:
+        model = skeleton.model({**frozen, **trainable})
+        peft.seed(model, key)
+        return objective(model, micro)
+
+    gradient = jax.value_and_grad(loss, has_aux=True)
+
+    @functools.partial(jax.jit, donate_argnums=0, out_shardings=(state_shardings, None))
+    def train_step(state: TrainState, frozen: Params, batch: Any) -> tuple[TrainState, Metrics]:
+        accumulation = jax.tree.leaves(batch)[0].shape[0]
+        keys = jax.random.split(
+            jax.random.fold_in(jax.random.key(seed), state.step), accumulation
+        )
+
+        def micro_step(total: Any, micro_and_key: tuple) -> tuple:
+            (value, sums), grads = gradient(state.trainable, frozen, *micro_and_key)
+            return jax.tree.map(jnp.add, total, (value, sums, grads)), None
+
+        if accumulation == 1:
+            first = jax.tree.map(lambda leaf: leaf[0], (batch, keys))
+            (value, sums), grads = gradient(state.trainable, frozen, *first)
+        else:
+            zeros = _zeros_of(gradient, state.trainable, frozen, batch, keys)
+            (value, sums, grads), _ = jax.lax.scan(micro_step, zeros, (batch, keys))
+        weight = jnp.maximum(sums["weight"], 1e-8)
+        grads = jax.tree.map(lambda g: g / weight, grads)
+        metrics = {
+            "loss": value / weight,
+            "accuracy": sums["correct"] / weight,
+            "grad_norm": optax.global_norm(grads),
+            "learning_rate": schedule(_applied_steps(state.opt_state)),
+            "tokens": (batch.segment_ids > 0).sum(),
+            "targets": sums["weight"],
+        }
+        good = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+        updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
+        new = (optax.apply_updates(state.trainable, updates), opt_state)
+        old = (state.trainable, state.opt_state)
+        trainable, opt_state = jax.tree.map(functools.partial(jnp.where, good), new, old)
+        bad_steps = jnp.where(good, 0, state.bad_steps + 1)
+        metrics |= {"bad_steps": bad_steps, "skipped": ~good}
+        return TrainState(state.step + 1, bad_steps, trainable, opt_state), metrics
+
+    return train_step
+
+
+def make_eval_step(
+    skeleton: Skeleton, objective: Objective
+) -> Callable[[Params, Params, Any], tuple[jax.Array, Metrics]]:
+    """Builds `eval_step(trainable, frozen, batch)` -> (sum of losses, other sums); [B, T] leaves."""
+
+    @jax.jit
+    def eval_step(trainable: Params, frozen: Params, batch: Any) -> tuple[jax.Array, Metrics]:
+        return objective(skeleton.model({**frozen, **trainable}), batch)
+
+    return eval_step
+
+
+def _zeros_of(gradient: Callable, trainable: Params, frozen: Params, batch: Any, keys: Any) -> Any:
+    """Float32 zeros shaped like (value, sums, gradients) of one micro-batch."""
+    first = jax.tree.map(lambda leaf: leaf[0], (batch, keys))
+    (value, sums), grads = jax.eval_shape(gradient, trainable, frozen, *first)
+    return jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.float32), (value, sums, grads))
+
+
+def _applied_steps(opt_state: Any) -> jax.Array:
+    """Steps the optimizer has applied (skipped ones do not count)."""
+    counts = [
+        leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(opt_state)
+        if getattr(path[-1], "name", None) == "count"
+    ]
+    return counts[-1]
+
+
+def summarize(loss: float, sums: Mapping[str, float]) -> dict[str, float]:
+    """Means of an evaluation from its sums."""
+    weight = max(sums["weight"], 1e-8)
+    return {"loss": loss / weight, "accuracy": sums["correct"] / weight}
