@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from jaxtune.checkpoint.tensors import TensorInfo, read_array
+from jaxtune.checkpoint.tensors import TensorInfo, as_bytes, read_array
 from jaxtune.errors import WeightError, listing
 
 MAX_HEADER_BYTES = 16 << 20
@@ -307,7 +307,7 @@ def _write_file(
         for name in names:
             array = np.asarray(read(name), order="C")
             assert (array.shape, array.dtype) == tensors[name], (name, array.shape, array.dtype)
-            data = memoryview(array.reshape(-1).view(np.uint8))
+            data = as_bytes(array)
             file.write(data)
             digests[name] = hashlib.sha256(data).digest()
         file.flush()
@@ -332,7 +332,7 @@ def _verify(folder: Path, files: set[str], digests: Mapping[str, bytes]) -> None
         found |= read_header(folder / name)
     wrong = sorted(set(found) ^ set(digests))
     for name in sorted(set(found) & set(digests)):
-        data = memoryview(read_tensor(found[name]).reshape(-1).view(np.uint8))
+        data = as_bytes(read_tensor(found[name]))
         if hashlib.sha256(data).digest() != digests[name]:
             wrong.append(name)
     if wrong:

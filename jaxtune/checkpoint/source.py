@@ -199,7 +199,6 @@ def _package_file(package: str) -> Path:
 
 
 def _download(name: str, revision: str | None) -> Path:
-    import httpx
     from huggingface_hub import errors, snapshot_download
 
     try:
@@ -222,7 +221,8 @@ def _download(name: str, revision: str | None) -> Path:
             f"{name} is neither a local folder nor on huggingface.co (or it is private: "
             "`hf auth login`) - check model.path"
         ) from error
-    except (errors.HfHubHTTPError, errors.HFValidationError, httpx.HTTPError, OSError) as error:
+    # The client lets errors of whichever HTTP library it uses pass through.
+    except Exception as error:
         first_line = (str(error).splitlines() or [type(error).__name__])[0]
         raise WeightError(f"cannot download {name}: {first_line} - try again later") from error
     return Path(folder)

@@ -55,10 +55,15 @@ def dtype_from_name(name: str) -> np.dtype:
     return np.dtype(getattr(ml_dtypes, name, name))
 
 
+def as_bytes(array: np.ndarray) -> memoryview:
+    """The memory of a contiguous array, of any dtype and rank."""
+    return memoryview(array.reshape(-1).view(np.uint8))  # pyright: ignore[reportArgumentType]
+
+
 def read_array(path: Path, offset: int, info: TensorInfo) -> np.ndarray:
     """Reads one little-endian array that starts at byte `offset` of the file."""
     array = np.empty(info.shape, info.dtype)
-    view = memoryview(array.reshape(-1).view(np.uint8))
+    view = as_bytes(array)
     with open(path, "rb", buffering=0) as file:
         file.seek(offset)
         done = 0
