@@ -1,0 +1,380 @@
+"""Checkpoints of a run: saved in the background, verified when read, pruned.
+
+`checkpoints/<step>/` holds `state/` (arrays, by orbax), `meta.json` (data position, metric, and
+path, shape and dtype of every array) and `manifest.json` (checksums of all of it). A step is
+written as `<step>.tmp/` and gets its name by one rename after everything is on disk: a finished
+name is a finished step, whatever killed the writer.
+
+Why not orbax's CheckpointManager: it lists steps by directory name from a cache that still holds
+failed saves, reports errors of background saves only to whoever waits, leaves failed saves on disk,
+and checks no contents. `AsyncCheckpointer` gives the part worth having (asynchronous, sharded,
+collective array writes); the rest is directory handling, in `steps.py`.
+
+A run that starts from step n (or from nothing) begins a new line: checkpoints after n belong to an
+abandoned one, and go once the new line has its first checkpoint.
+
+In a multi-process run every process calls `save` and `restore` together; orbax writes the arrays
+collectively, process 0 does the rest. Whoever saves must hold the folder's `RunLock`.
+"""
+
+import importlib.metadata
+import json
+import logging
+import math
+import shutil
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+
+from jaxtune.checkpoint import manifest, steps
+from jaxtune.errors import StorageError, WeightError, listing
+from jaxtune.faults import fault
+
+FORMAT_VERSION = 1
+META = "meta.json"
+STATE = "state"
+
+
+class _Damaged(Exception):
+    """One step cannot be read; an older one may do."""
+
+
+class Store:
+    """The checkpoints in one folder.
+
+    Attributes:
+        failed_saves: saves of this process that did not reach the disk.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        keep_last: int = 2,
+        keep_best: int = 0,
+        verify: str = "full",
+        fingerprint: str = "",
+    ):
+        """Describes the store; reads and writes nothing.
+
+        Args:
+            folder: where the steps are; created by the first save.
+            keep_last: newest steps kept.
+            keep_best: steps with the lowest metric kept besides.
+            verify: check on restore: "full" (checksums), "size" or "off".
+            fingerprint: of the run's configuration; a difference on restore is a warning.
+        """
+        self.folder = Path(folder).resolve()
+        self.failed_saves = 0
+        self._keep_last, self._keep_best = keep_last, keep_best
+        self._verify, self._fingerprint = verify, fingerprint
+        self._checkpointer = ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler())
+        logging.getLogger("absl").addFilter(_is_not_orbax_error)
+        self._thread: threading.Thread | None = None
+        self._error: str | None = None  # why the newest save failed
+        self._start = -1  # the step this run goes on from
+        self._saved: set[int] = set()  # steps this process has committed or restored
+        self._stale: set[int] | None = None  # finished steps of abandoned lines
+        self._size_bytes = 0  # of the newest step on disk
+
+    def steps(self) -> list[int]:
+        """The finished steps on disk, ascending; their contents are not checked."""
+        return steps.finished(self.folder)
+
+    def save(
+        self,
+        step: int,
+        state: Any,
+        position: dict,
+        metric: float | None = None,
+        *,
+        final: bool = False,
+    ) -> None:
+        """Starts saving a step; returns when `state` may be donated or changed.
+
+        Waits for the previous save first. A failure (full disk) is a warning and counts in
+        `failed_saves`; with `final` the call waits for the disk and a failure is an error.
+        A step that this run has already saved or restored is not saved again.
+
+        Args:
+            step: the number of finished training steps.
+            state: any pytree of jax arrays (no typed PRNG keys).
+            position: the data position, as JSON.
+            metric: what `keep_best` goes by, lower is better.
+            final: nothing comes after this save.
+
+        Raises:
+            StorageError: `final`, and the step is not on disk.
+        """
+        self.wait()
+        if _broadcast(step not in self._saved):
+            self._error = None
+            arrays = _flatten(state)
+            meta = self._meta(step, arrays, position, metric)
+            try:
+                fault("save_begin", step)
+                self._make_room(step, arrays, final)
+                path = steps.partial(self.folder, step) / STATE
+                self._checkpointer.save(path, args=ocp.args.StandardSave(arrays))
+            except Exception as error:  # orbax raises whatever the layers below it raise
+                self._fail(step, error)
+            else:
+                self._thread = threading.Thread(target=self._finish, args=(step, meta))
+                self._thread.start()
+        if final:
+            self.wait()
+            if _broadcast(self._error is not None):
+                raise StorageError(
+                    f"the checkpoint of step {step} could not be saved: {self._error} - make room "
+                    f"in {self.folder} and start again; finished checkpoints: {self.steps()}"
+                )
+
+    def restore(self, step: int | None, abstract_state: Any) -> tuple[int, Any, dict] | None:
+        """Reads a step, or with None the newest one that is whole; each damaged one is a warning.
+
+        Args:
+            step: which one; None for the newest.
+            abstract_state: ShapeDtypeStructs with shardings, in the structure that was saved.
+
+        Returns:
+            (step, state, data position); None if `step` is None and there is no checkpoint.
+
+        Raises:
+            WeightError: the step is absent or damaged, all are damaged, or its arrays are not the
+                ones of `abstract_state`: nothing is cast or padded.
+        """
+        self.wait()
+        numbered = steps.numbered(self.folder)
+        if step is not None and step not in numbered:
+            there = self.steps() or "none"
+            raise WeightError(f"no checkpoint of step {step} in {self.folder} - there are {there}")
+        if step is None:
+            if odd := steps.oddities(self.folder):
+                _warn(f"ignored in {self.folder}, not checkpoints: {', '.join(odd[:10])}")
+        causes = []
+        for candidate in [step] if step is not None else numbered[::-1]:
+            try:
+                state, position = self._read(candidate, abstract_state)
+            except _Damaged as error:
+                causes.append(f"step {candidate}: {error}")
+                if step is None:
+                    _warn(f"checkpoint {candidate} is damaged ({error}); trying an older one")
+                continue
+            self._start = candidate
+            self._saved = {candidate}
+            self._stale = None
+            return candidate, state, position
+        if causes:
+            raise WeightError(
+                f"no usable checkpoint in {self.folder}:{listing(causes)}\n- "
+                "choose another step with checkpoint.resume, or start anew with "
+                "checkpoint.resume=never"
+            )
+        return None
+
+    def wait(self) -> None:
+        """Waits until the save under way, if any, has succeeded or failed."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def close(self) -> None:
+        """Waits and lets go of orbax's threads; safe in `finally`, and twice."""
+        self.wait()
+        self._checkpointer.close()
+
+    # Saving.
+
+    def _meta(
+        self, step: int, arrays: dict[str, jax.Array], position: dict, metric: float | None
+    ) -> bytes:
+        meta = {
+            "format_version": FORMAT_VERSION,
+            "jaxtune": _version(),
+            "step": step,
+            "metric": None if metric is None or not math.isfinite(metric) else float(metric),
+            "fingerprint": self._fingerprint,
+            "position": position,
+            "arrays": {path: _describe(array) for path, array in arrays.items()},
+        }
+        return json.dumps(meta, indent=1, allow_nan=False).encode()
+
+    def _make_room(self, step: int, arrays: dict[str, jax.Array], final: bool) -> None:
+        """Prepares an empty `<step>.tmp`; with too little space only a final save is tried."""
+        problem = ""
+        if jax.process_index() == 0:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                if self._stale is None:
+                    self._stale = {old for old in self.steps() if old > self._start}
+                    steps.clean(self.folder)
+                needed = self._size_bytes * 1.2 or sum(array.nbytes for array in arrays.values())
+                free = shutil.disk_usage(self.folder).free
+                if free < needed and not final:
+                    problem = f"{free / 1e6:.0f} MB free, {needed / 1e6:.0f} MB needed"
+                else:
+                    steps.remove_partial(self.folder, step)
+                    steps.partial(self.folder, step).mkdir()
+            except OSError as error:
+                problem = str(error)
+        if _broadcast(bool(problem)):
+            raise OSError(problem or "process 0 cannot write")
+
+    def _finish(self, step: int, meta: bytes) -> None:
+        """In the background: waits for the arrays, completes the folder, renames it, prunes."""
+        try:
+            fault("save_bg", step)
+            self._checkpointer.wait_until_finished()
+            fault("save_commit", step)
+            if jax.process_index() == 0:
+                self._commit(step, meta)
+            self._saved.add(step)
+        except Exception as error:  # as in save
+            self._fail(step, error)
+            return
+        if jax.process_index() == 0:
+            try:
+                self._prune(step)
+            except OSError as error:
+                _warn(f"old checkpoints could not be removed: {error}")
+
+    def _commit(self, step: int, meta: bytes) -> None:
+        partial = steps.partial(self.folder, step)
+        manifest.write_synced(partial / META, meta)
+        fault("manifest", step)
+        self._size_bytes = manifest.write(partial)
+        steps.finish(self.folder, step)
+
+    def _fail(self, step: int, error: Exception) -> None:
+        """Counts and tells a failed save, and removes what it wrote."""
+        self._error = " ".join(str(error).split())[:300] or type(error).__name__
+        self.failed_saves += 1
+        _warn(f"the checkpoint of step {step} could not be saved: {self._error}")
+        try:
+            self._checkpointer.wait_until_finished()  # nothing may write while it is removed
+        except Exception:  # the one just told, or its consequence
+            pass
+        if jax.process_index() == 0:
+            steps.remove_partial(self.folder, step)
+
+    def _prune(self, newest: int) -> None:
+        stale = (self._stale or set()) - self._saved
+        line = [step for step in self.steps() if step not in stale]
+        metrics = {step: self._metric(step) for step in line} if self._keep_best else {}
+        ranked = sorted((metric, -step) for step, metric in metrics.items() if metric is not None)
+        best = [-step for _, step in ranked[: self._keep_best]]
+        steps.keep_only(self.folder, {newest, *line[-self._keep_last :], *best})
+        fault("prune", newest)
+        steps.empty_trash(self.folder)
+
+    def _metric(self, step: int) -> float | None:
+        try:
+            return json.loads((self.folder / str(step) / META).read_bytes())["metric"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    # Reading.
+
+    def _read(self, step: int, abstract_state: Any) -> tuple[Any, dict]:
+        path = self.folder / str(step)
+        damage = None
+        if jax.process_index() == 0:
+            damage = self._find_damage(path)
+        if _broadcast(damage is not None):
+            raise _Damaged(damage or "process 0 found damage")
+        try:
+            meta = json.loads((path / META).read_bytes())
+            version, saved, position = meta["format_version"], meta["arrays"], meta["position"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise _Damaged(f"{META}: {error}") from error
+        if version != FORMAT_VERSION:
+            raise WeightError(
+                f"{path} was written by jaxtune {meta.get('jaxtune')} (format {version}), this is "
+                f"{_version()} (format {FORMAT_VERSION}) - use that version to go on"
+            )
+        abstract = _flatten(abstract_state)
+        _check_same(path, saved, {name: _describe(leaf) for name, leaf in abstract.items()})
+        if self._fingerprint and meta.get("fingerprint") not in ("", self._fingerprint):
+            _warn(f"checkpoint {step} was saved with another configuration")
+        try:
+            target = {name: _placed(leaf) for name, leaf in abstract.items()}
+            arrays = self._checkpointer.restore(path / STATE, args=ocp.args.StandardRestore(target))
+        except Exception as error:  # six types for damaged files alone
+            if self._verify == "full":
+                raise  # every byte is as it was written: not damage
+            raise _Damaged(f"{STATE}: {type(error).__name__}: {str(error)[:300]}") from error
+        leaves = [arrays[name] for name in abstract]
+        return jax.tree.unflatten(jax.tree.structure(abstract_state), leaves), position
+
+    def _find_damage(self, path: Path) -> str | None:
+        if not (path / manifest.NAME).is_file():
+            return f"{manifest.NAME}: missing, the save never finished"
+        return manifest.find_damage(path, self._verify)
+
+
+def _flatten(tree: Any) -> dict[str, Any]:
+    """Leaves by path: {"params.layers.0.kernel": leaf}."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    flat = {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+    assert len(flat) == len(leaves), "two leaves of the state have the same path"
+    return flat
+
+
+def _describe(leaf: jax.Array | jax.ShapeDtypeStruct) -> dict:
+    return {"shape": list(leaf.shape), "dtype": str(leaf.dtype)}
+
+
+def _placed(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """Without a sharding orbax would look for the devices that saved the array."""
+    if leaf.sharding is not None:
+        return leaf
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device)
+
+
+def _check_same(path: Path, saved: dict[str, dict], wanted: dict[str, dict]) -> None:
+    """Raises WeightError unless paths, shapes and dtypes agree: orbax would cast and pad."""
+
+    def form(entry: dict | None) -> str:
+        return f"{entry['dtype']}{entry['shape']}" if entry else "absent"
+
+    differing = [
+        f"{name}: saved {form(saved.get(name))}, this run {form(wanted.get(name))}"
+        for name in sorted(saved.keys() | wanted.keys())
+        if saved.get(name) != wanted.get(name)
+    ]
+    if differing:
+        raise WeightError(
+            f"{path} is of another model, adapter or optimizer; {len(differing)} arrays differ:"
+            f"{listing(differing, 5)}\n- use the configuration of that run, or another "
+            "train.output_dir"
+        )
+
+
+def _broadcast(flag: bool) -> bool:
+    """What process 0 says."""
+    if jax.process_count() == 1:
+        return flag
+    return bool(multihost_utils.broadcast_one_to_all(np.asarray(flag)))
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("jaxtune")
+    except importlib.metadata.PackageNotFoundError:
+        return "(not installed)"
+
+
+def _is_not_orbax_error(record: logging.LogRecord) -> bool:
+    """Drops orbax's own report, with tracebacks, of errors that it also raises."""
+    return not (record.levelno >= logging.ERROR and "orbax" in record.pathname)
+
+
+def _warn(message: str) -> None:
+    sys.stderr.write(f"jaxtune: warning: {message}\n")
