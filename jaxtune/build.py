@@ -1,0 +1,247 @@
+"""From a config to a described run, and from a description to arrays.
+
+`describe` knows every shape, dtype and sharding and makes no array; `fill` makes them. Below this
+file nobody looks at the config.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxtune import models, objectives, peft, tree
+from jaxtune.checkpoint import hf
+from jaxtune.checkpoint.adapter import Adapter, load_adapter
+from jaxtune.checkpoint.tensors import Checkpoint
+from jaxtune.distributed import to_device
+from jaxtune.nn.params import AdapterConstant, AdapterParam, Policy
+from jaxtune.schema import Model, Peft, RunConfig
+from jaxtune.sharding import rules
+from jaxtune.step import Objective, TrainState
+from jaxtune.tree import Params, Skeleton
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything about a run's arrays except their values.
+
+    Attributes:
+        config: the resolved config.
+        mesh: devices.
+        checkpoint: the opened source of base weights.
+        family: the model family's module.
+        model_config: the family's config.
+        policy: how the model is computed.
+        skeleton: the model without arrays.
+        stacks: sizes of the model's stacks of layers.
+        trainable, frozen: ShapeDtypeStructs with shardings, by name.
+        adapter: knobs of the adapter method; None for full fine-tuning.
+        choice: the adapted layers.
+        imported: the adapter from which training continues, if any.
+        objective: what is minimised.
+    """
+
+    config: RunConfig
+    mesh: Mesh
+    checkpoint: Checkpoint
+    family: ModuleType
+    model_config: Any
+    policy: Policy
+    skeleton: Skeleton
+    stacks: tuple[int, ...]
+    trainable: Params
+    frozen: Params
+    adapter: Any
+    choice: peft.Choice
+    imported: Adapter | None
+    objective: Objective
+
+    def batch_sharding(self) -> NamedSharding:
+        """Rows of an [A, B, T] batch over the data shards."""
+        return NamedSharding(self.mesh, PartitionSpec(None, rules.RULES["batch"]))
+
+    def flops_per_token(self, length: int) -> float:
+        """Model FLOPs of one training token, recomputation not counted.
+
+        Forward and the gradient of activations cost 2 FLOPs each per weight of a matrix product;
+        the gradient of a weight costs 2 more, for trained weights only. Attention over a causal
+        row of `length` tokens sees half of it on average.
+        """
+        c = self.model_config
+        matrices = {n: s for n, s in (self.frozen | self.trainable).items() if _is_matrix(n)}
+        weights = tree.count(matrices)
+        weights += c.vocab_size * c.hidden_size if c.tie_embeddings else 0
+        trained = tree.count({n: s for n, s in matrices.items() if n in self.trainable})
+        attention = 6 * length * c.num_heads * c.head_dim * c.num_layers
+        return 4 * weights + 2 * trained + attention
+
+
+def _is_matrix(name: str) -> bool:
+    return name.endswith((".kernel", ".adapter.a", ".adapter.b"))
+
+
+def resolve_policy(model: Model, method: str, platform: str) -> Policy:
+    """Replaces every "auto" by what suits the platform."""
+    on_cpu = platform == "cpu"
+    compute = model.compute_dtype
+    if compute == "auto":
+        compute = "float32" if on_cpu else "bfloat16"
+    param = compute if model.param_dtype == "auto" else model.param_dtype
+    return Policy(
+        param_dtype=jnp.dtype("float32" if method == "full" else param),
+        compute_dtype=jnp.dtype(compute),
+        softmax_dtype=jnp.dtype(model.softmax_dtype),
+        attention="xla" if model.attention == "auto" else model.attention,
+        layers=("unroll" if on_cpu else "scan") if model.layers == "auto" else model.layers,
+        remat=("none" if on_cpu else "full") if model.remat == "auto" else model.remat,
+    )
+
+
+def describe(config: RunConfig, mesh: Mesh, checkpoint: Checkpoint) -> Run:
+    """Builds the description of a run.
+
+    Raises:
+        WeightError: the checkpoint's config.json is of no known family, or the adapter does not fit.
+        ConfigError: adapter targets match nothing.
+    """
+    family = models.family(checkpoint.config.get("model_type"))
+    model_config = family.Config.from_hf(checkpoint.config)
+    platform = mesh.devices.flat[0].platform
+    policy = resolve_policy(config.model, config.peft.method, platform)
+    imported = load_adapter(config.peft.adapter) if config.peft.adapter else None
+    adapter = None if config.peft.method == "full" else _adapter_config(config.peft, imported)
+    choice: dict[str, tuple[bool, ...]] = {}
+    stacks: tuple[int, ...] = ()
+
+    def build() -> nnx.Module:
+        nonlocal stacks
+        model = family.build(model_config, policy, nnx.Rngs(0))
+        stacks = model.stacks
+        if adapter is not None:
+            choice.update(peft.choose(model, _targets(config.peft, imported)))
+            peft.attach(model, config.peft.method, adapter, choice)
+        return model
+
+    skeleton = tree.describe(build)
+    shapes = {
+        name: jax.ShapeDtypeStruct(
+            leaf.shape,
+            leaf.dtype,
+            sharding=rules.sharding(leaf.shape, skeleton.axes(name), mesh, name),
+        )
+        for name, leaf in skeleton.abstract().items()
+    }
+    learning = set(shapes) if adapter is None else skeleton.select(AdapterParam)
+    return Run(
+        config=config,
+        mesh=mesh,
+        checkpoint=checkpoint,
+        family=family,
+        model_config=model_config,
+        policy=policy,
+        skeleton=skeleton,
+        stacks=stacks,
+        trainable={name: leaf for name, leaf in shapes.items() if name in learning},
+        frozen={name: leaf for name, leaf in shapes.items() if name not in learning},
+        adapter=adapter,
+        choice=choice,
+        imported=imported,
+        objective=functools.partial(
+            objectives.OBJECTIVES[config.objective.name],
+            loss_dtype=jnp.dtype(config.model.loss_dtype),
+        ),
+    )
+
+
+def _adapter_config(config: Peft, imported: Adapter | None) -> Any:
+    rank, alpha, rslora = config.rank, config.alpha, config.rslora
+    if imported is not None:
+        rank, alpha, rslora = imported.rank, imported.alpha, imported.rslora
+    return peft.METHODS[config.method].Config(
+        rank=rank, alpha=alpha, rslora=rslora, dropout=config.dropout
+    )
+
+
+def _targets(config: Peft, imported: Adapter | None) -> peft.Targets:
+    if imported is not None:
+        return peft.Targets(include=imported.targets, layers=imported.layers)
+    return peft.Targets(
+        include=config.target_modules,
+        exclude=config.exclude_modules,
+        layers=config.layers_to_transform,
+    )
+
+
+def decayed(run: Run) -> dict[str, bool]:
+    """Which trainable parameters weight decay applies to: matrices."""
+    return {name: len(run.skeleton.axes(name)) >= 2 for name in run.trainable}
+
+
+def abstract_state(run: Run, tx: optax.GradientTransformation) -> TrainState:
+    """Shapes, dtypes and shardings of the training state."""
+    whole = NamedSharding(run.mesh, PartitionSpec())
+    opt_state = optax.tree_map_params(
+        tx,
+        lambda leaf, param: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=param.sharding),
+        jax.eval_shape(tx.init, run.trainable),
+        run.trainable,
+        transform_non_params=lambda leaf: jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=whole
+        ),
+    )
+    scalar = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
+    return TrainState(scalar, scalar, run.trainable, opt_state)
+
+
+def shardings(abstract: Any) -> Any:
+    """The shardings of a tree of ShapeDtypeStructs."""
+    return jax.tree.map(lambda leaf: leaf.sharding, abstract)
+
+
+def fill_base(run: Run, progress: Callable[[int, int], None]) -> Params:
+    """Streams the base weights from the checkpoint into arrays of the described shardings."""
+    variables = run.skeleton.select(AdapterParam) | run.skeleton.select(AdapterConstant)
+    wanted = run.frozen | run.trainable
+    base = {name: leaf for name, leaf in wanted.items() if name not in variables}
+    return hf.load_weights(
+        run.checkpoint,
+        run.family.WEIGHTS,
+        base,
+        run.stacks,
+        allow_nan=run.config.model.allow_nan,
+        progress=progress,
+    )
+
+
+def fill_adapter(run: Run) -> Params:
+    """First values of the adapter: of the imported one, or the method's own."""
+    variables = run.skeleton.select(AdapterParam) | run.skeleton.select(AdapterConstant)
+    wanted = run.frozen | run.trainable
+    return {
+        name: to_device(_initial(run, name, wanted[name].shape), wanted[name].sharding)
+        for name in sorted(variables)
+    }
+
+
+def _initial(run: Run, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    if run.imported is not None and not name.endswith(".scale"):
+        return run.imported.stacked(name, shape, run.stacks)
+    method, seed = run.config.peft.method, run.config.train.seed
+    return peft.initial_value(name, shape, method, run.adapter, run.choice, run.stacks, seed)
+
+
+def initial_state(run: Run, tx: optax.GradientTransformation, values: Params) -> TrainState:
+    """A new training state around the given trainable values."""
+    abstract = abstract_state(run, tx)
+    trainable = {name: values[name] for name in run.trainable}
+    init = jax.jit(tx.init, out_shardings=shardings(abstract.opt_state))
+    zero = jax.device_put(np.int32(0), abstract.step.sharding)
+    return TrainState(zero, zero, trainable, init(trainable))

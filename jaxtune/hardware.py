@@ -1,0 +1,42 @@
+"""Peak arithmetic of the devices, for model FLOPs utilisation."""
+
+import time
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+# Dense bfloat16 FLOP/s by `device_kind`, from the vendors' data sheets.
+_PEAKS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA GeForce RTX 4090": 165e12,
+}
+
+
+def peak_flops(device: jax.Device, dtype: DTypeLike) -> float | None:
+    """FLOP/s that one device could do; measured on a CPU, None for an accelerator not in the table."""
+    if device.platform == "cpu":
+        return _measured(dtype)
+    kinds = [kind for kind in _PEAKS if device.device_kind.startswith(kind)]
+    return _PEAKS[max(kinds, key=len)] if kinds else None
+
+
+def _measured(dtype: DTypeLike) -> float:
+    """The best of five square matrix products."""
+    size = 1024
+    x = jnp.ones((size, size), dtype)
+    product = jax.jit(lambda x: jnp.dot(x, x, preferred_element_type=jnp.float32))
+    product(x).block_until_ready()
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        product(x).block_until_ready()
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / min(seconds)

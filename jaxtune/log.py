@@ -1,0 +1,193 @@
+"""What a run reports: console, metrics.jsonl, TensorBoard, and the loss curve as a picture.
+
+A write that fails (full disk, say) never stops training: it is one warning.
+"""
+
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from jaxtune.schema import Log as LogConfig
+
+Writer = Callable[[int, str, Mapping[str, float]], None]
+
+
+def info(text: str) -> None:
+    """One line to the console."""
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def warn(text: str) -> None:
+    """One warning line to the console's error stream."""
+    sys.stdout.flush()
+    sys.stderr.write(f"jaxtune: warning: {text}\n")
+
+
+class Log:
+    """Sends each row of metrics to every writer, and shows progress."""
+
+    def __init__(self, config: LogConfig, folder: Path, start: int, num_steps: int):
+        """Opens the writers; rows of metrics.jsonl after step `start` belong to a lost run."""
+        self.path = folder / "metrics.jsonl"
+        self._folder, self._config = folder, config
+        self._start, self._num_steps, self._began = start, num_steps, time.monotonic()
+        self._failed: set[str] = set()
+        self._writers: dict[str, Writer] = {"metrics.jsonl": _jsonl_writer(self.path, start)}
+        if config.tensorboard:
+            self._writers["tensorboard"] = _tensorboard_writer(folder / "tensorboard", start)
+        self._bar = _Bar(num_steps, start) if _wants_bar(config.progress) else None
+
+    def write(self, step: int, split: str, metrics: Mapping[str, float]) -> None:
+        """Records one row; `split` is "train" or "eval"."""
+        for name, writer in self._writers.items():
+            try:
+                writer(step, split, metrics)
+            except OSError as error:
+                if name not in self._failed:
+                    warn(f"{name} cannot be written ({error}); training goes on without it")
+                self._failed.add(name)
+        if self._config.progress == "off":
+            return
+        line = _line(metrics)
+        if self._bar is not None and split == "train":
+            self._bar.update(step, line)
+        else:
+            self.say(f"{split} step {step}/{self._num_steps}  {line}{self._eta(step, split)}")
+
+    def say(self, text: str) -> None:
+        """One line of text, above the progress bar if there is one."""
+        if self._bar is not None:
+            self._bar.say(text)
+        else:
+            info(text)
+
+    def close(self) -> Path | None:
+        """Ends the progress bar and draws the loss curve; returns the picture's path."""
+        if self._bar is not None:
+            self._bar.stop()
+        if not self._config.plot:
+            return None
+        try:
+            return plot_losses(self.path, self._folder / "loss.png")
+        except OSError as error:
+            warn(f"loss.png cannot be written ({error})")
+            return None
+
+    def _eta(self, step: int, split: str) -> str:
+        done = step - self._start
+        if split != "train" or not done:
+            return ""
+        seconds = (time.monotonic() - self._began) / done * (self._num_steps - step)
+        return f"  eta {int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
+_FORMATS = {
+    "loss": ("loss", "{:.4f}"),
+    "perplexity": ("ppl", "{:.3g}"),
+    "accuracy": ("acc", "{:.3f}"),
+    "exact_match": ("exact match", "{:.3f}"),
+    "learning_rate": ("lr", "{:.2e}"),
+    "grad_norm": ("grad", "{:.3f}"),
+    "tokens_per_second": ("tok/s", "{:.0f}"),
+    "padding_ratio": ("pad", "{:.1%}"),
+    "mfu": ("mfu", "{:.1%}"),
+}
+
+
+def _line(metrics: Mapping[str, float]) -> str:
+    parts = [
+        f"{label} {form.format(metrics[name])}"
+        for name, (label, form) in _FORMATS.items()
+        if name in metrics
+    ]
+    return "  ".join(parts + ["SKIPPED (not finite)"] * bool(metrics.get("skipped")))
+
+
+def _wants_bar(progress: str) -> bool:
+    return progress == "bar" or progress == "auto" and sys.stdout.isatty()
+
+
+class _Bar:
+    """A rich progress bar with the newest metrics."""
+
+    def __init__(self, num_steps: int, start: int):
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+        from rich.progress import TimeRemainingColumn
+
+        columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self._progress = Progress(*columns, TextColumn("{task.description}"))
+        self._task = self._progress.add_task("compiling", total=num_steps, completed=start)
+        self._progress.start()
+
+    def update(self, step: int, line: str) -> None:
+        self._progress.update(self._task, completed=step, description=line)
+
+    def say(self, text: str) -> None:
+        self._progress.console.print(text, markup=False, highlight=False)
+
+    def stop(self) -> None:
+        self._progress.stop()
+
+
+def _jsonl_writer(path: Path, start: int) -> Writer:
+    kept = [row for row in read_metrics(path) if row["step"] <= start]
+    path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+
+    def write(step: int, split: str, metrics: Mapping[str, float]) -> None:
+        row = {"step": step, "split": split} | {
+            name: value if math.isfinite(value) else None for name, value in metrics.items()
+        }
+        with path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    return write
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Rows of a metrics.jsonl; a last line cut off by a crash is left out."""
+    rows = []
+    for line in path.read_bytes().split(b"\n") if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return rows
+
+
+def _tensorboard_writer(folder: Path, start: int) -> Writer:
+    from tensorboardX import SummaryWriter
+
+    events = SummaryWriter(str(folder), purge_step=start + 1 if start else None)
+
+    def write(step: int, split: str, metrics: Mapping[str, float]) -> None:
+        for name, value in metrics.items():
+            events.add_scalar(f"{split}/{name}", value, step)
+        events.flush()
+
+    return write
+
+
+def plot_losses(metrics: Path, picture: Path) -> Path:
+    """Draws training and held-out losses of a metrics.jsonl into a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 5))
+    rows = [row for row in read_metrics(metrics) if row.get("loss") is not None]
+    for split, style in (("train", "-"), ("eval", "o--")):
+        points = [(row["step"], row["loss"]) for row in rows if row["split"] == split]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label=split, linewidth=1.2, markersize=4)
+    axes.set(xlabel="step", ylabel="loss")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(picture, dpi=120, bbox_inches="tight")
+    pyplot.close(figure)
+    return picture
