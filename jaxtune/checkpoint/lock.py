@@ -43,7 +43,7 @@ class RunLock:
             descriptor = os.open(self.folder / NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         except (FileExistsError, NotADirectoryError) as error:
             raise ConfigError(
-                f"train.output_dir={folder}: {error.filename} is a file - choose a directory"
+                f"train.output_dir={folder}: a file is in the way - choose another directory"
             ) from error
         except OSError as error:
             raise StorageError(
