@@ -11,11 +11,11 @@ import fcntl
 import json
 import os
 import socket
-import sys
 import time
 from pathlib import Path
 
 from jaxtune.errors import ConfigError, LockedError, StorageError
+from jaxtune.log import warn
 
 NAME = "run.lock"
 
@@ -70,9 +70,9 @@ class RunLock:
                 f"{known['host']} - {advice}"
             )
         if holder:
-            sys.stderr.write(
-                f"jaxtune: note: took over {self.folder} from process {holder['pid']} on host "
-                f"{holder['host']}, which ended without releasing it\n"
+            warn(
+                f"took over {self.folder} from process {holder['pid']} on host {holder['host']}, "
+                "which ended without releasing it"
             )
         record = {
             "pid": os.getpid(),

@@ -17,12 +17,8 @@ In a multi-process run every process calls `save` and `restore` together; orbax 
 collectively, process 0 does the rest. Whoever saves must hold the folder's `RunLock`.
 """
 
-import importlib.metadata
-import json
 import logging
-import math
 import shutil
-import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -32,12 +28,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from jaxtune.checkpoint import manifest, steps
+from jaxtune.checkpoint import manifest, meta, steps
 from jaxtune.errors import StorageError, WeightError, listing
 from jaxtune.faults import fault
+from jaxtune.log import warn
 
-FORMAT_VERSION = 1
-META = "meta.json"
 STATE = "state"
 
 
@@ -115,8 +110,9 @@ class Store:
         self.wait()
         if _broadcast(step not in self._saved):
             self._error = None
-            arrays = _flatten(state)
-            meta = self._meta(step, arrays, position, metric)
+            arrays = meta.flatten(state)
+            forms = meta.forms(arrays)
+            described = meta.Meta(step, position, metric, self._fingerprint, forms).encode()
             try:
                 fault("save_begin", step)
                 self._make_room(step, arrays, final)
@@ -125,7 +121,7 @@ class Store:
             except Exception as error:  # orbax raises whatever the layers below it raise
                 self._fail(step, error)
             else:
-                self._thread = threading.Thread(target=self._finish, args=(step, meta))
+                self._thread = threading.Thread(target=self._finish, args=(step, described))
                 self._thread.start()
         if final:
             self.wait()
@@ -156,7 +152,7 @@ class Store:
             raise WeightError(f"no checkpoint of step {step} in {self.folder} - there are {there}")
         if step is None:
             if odd := steps.oddities(self.folder):
-                _warn(f"ignored in {self.folder}, not checkpoints: {', '.join(odd[:10])}")
+                warn(f"ignored in {self.folder}, not checkpoints: {', '.join(odd[:10])}")
         causes = []
         for candidate in [step] if step is not None else numbered[::-1]:
             try:
@@ -164,7 +160,7 @@ class Store:
             except _Damaged as error:
                 causes.append(f"step {candidate}: {error}")
                 if step is None:
-                    _warn(f"checkpoint {candidate} is damaged ({error}); trying an older one")
+                    warn(f"checkpoint {candidate} is damaged ({error}); trying an older one")
                 continue
             self._start = candidate
             self._saved = {candidate}
@@ -191,20 +187,6 @@ class Store:
 
     # Saving.
 
-    def _meta(
-        self, step: int, arrays: dict[str, jax.Array], position: dict, metric: float | None
-    ) -> bytes:
-        meta = {
-            "format_version": FORMAT_VERSION,
-            "jaxtune": _version(),
-            "step": step,
-            "metric": None if metric is None or not math.isfinite(metric) else float(metric),
-            "fingerprint": self._fingerprint,
-            "position": position,
-            "arrays": {path: _describe(array) for path, array in arrays.items()},
-        }
-        return json.dumps(meta, indent=1, allow_nan=False).encode()
-
     def _make_room(self, step: int, arrays: dict[str, jax.Array], final: bool) -> None:
         """Prepares an empty `<step>.tmp`; with too little space only a final save is tried."""
         problem = ""
@@ -226,14 +208,14 @@ class Store:
         if _broadcast(bool(problem)):
             raise OSError(problem or "process 0 cannot write")
 
-    def _finish(self, step: int, meta: bytes) -> None:
+    def _finish(self, step: int, described: bytes) -> None:
         """In the background: waits for the arrays, completes the folder, renames it, prunes."""
         try:
             fault("save_bg", step)
             self._checkpointer.wait_until_finished()
             fault("save_commit", step)
             if jax.process_index() == 0:
-                self._commit(step, meta)
+                self._commit(step, described)
             self._saved.add(step)
         except Exception as error:  # as in save
             self._fail(step, error)
@@ -242,11 +224,11 @@ class Store:
             try:
                 self._prune(step)
             except OSError as error:
-                _warn(f"old checkpoints could not be removed: {error}")
+                warn(f"old checkpoints could not be removed: {error}")
 
-    def _commit(self, step: int, meta: bytes) -> None:
+    def _commit(self, step: int, described: bytes) -> None:
         partial = steps.partial(self.folder, step)
-        manifest.write_synced(partial / META, meta)
+        manifest.write_synced(partial / meta.NAME, described)
         fault("manifest", step)
         self._size_bytes = manifest.write(partial)
         steps.finish(self.folder, step)
@@ -255,7 +237,7 @@ class Store:
         """Counts and tells a failed save, and removes what it wrote."""
         self._error = " ".join(str(error).split())[:300] or type(error).__name__
         self.failed_saves += 1
-        _warn(f"the checkpoint of step {step} could not be saved: {self._error}")
+        warn(f"the checkpoint of step {step} could not be saved: {self._error}")
         try:
             self._checkpointer.wait_until_finished()  # nothing may write while it is removed
         except Exception:  # the one just told, or its consequence
@@ -275,9 +257,9 @@ class Store:
 
     def _metric(self, step: int) -> float | None:
         try:
-            return json.loads((self.folder / str(step) / META).read_bytes())["metric"]
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
+            return meta.read(self.folder / str(step)).metric
+        except (OSError, ValueError, KeyError, TypeError, WeightError):
+            return None  # damaged, or of another version
 
     # Reading.
 
@@ -289,19 +271,13 @@ class Store:
         if _broadcast(damage is not None):
             raise _Damaged(damage or "process 0 found damage")
         try:
-            meta = json.loads((path / META).read_bytes())
-            version, saved, position = meta["format_version"], meta["arrays"], meta["position"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise _Damaged(f"{META}: {error}") from error
-        if version != FORMAT_VERSION:
-            raise WeightError(
-                f"{path} was written by jaxtune {meta.get('jaxtune')} (format {version}), this is "
-                f"{_version()} (format {FORMAT_VERSION}) - use that version to go on"
-            )
-        abstract = _flatten(abstract_state)
-        _check_same(path, saved, {name: _describe(leaf) for name, leaf in abstract.items()})
-        if self._fingerprint and meta.get("fingerprint") not in ("", self._fingerprint):
-            _warn(f"checkpoint {step} was saved with another configuration")
+            saved = meta.read(path)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise _Damaged(f"{meta.NAME}: {error}") from error
+        abstract = meta.flatten(abstract_state)
+        meta.check_same(path, saved.arrays, meta.forms(abstract))
+        if self._fingerprint and saved.fingerprint not in ("", self._fingerprint):
+            warn(f"checkpoint {step} was saved with another configuration")
         try:
             target = {name: _placed(leaf) for name, leaf in abstract.items()}
             arrays = self._checkpointer.restore(path / STATE, args=ocp.args.StandardRestore(target))
@@ -310,24 +286,12 @@ class Store:
                 raise  # every byte is as it was written: not damage
             raise _Damaged(f"{STATE}: {type(error).__name__}: {str(error)[:300]}") from error
         leaves = [arrays[name] for name in abstract]
-        return jax.tree.unflatten(jax.tree.structure(abstract_state), leaves), position
+        return jax.tree.unflatten(jax.tree.structure(abstract_state), leaves), saved.position
 
     def _find_damage(self, path: Path) -> str | None:
         if not (path / manifest.NAME).is_file():
             return f"{manifest.NAME}: missing, the save never finished"
         return manifest.find_damage(path, self._verify)
-
-
-def _flatten(tree: Any) -> dict[str, Any]:
-    """Leaves by path: {"params.layers.0.kernel": leaf}."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    flat = {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
-    assert len(flat) == len(leaves), "two leaves of the state have the same path"
-    return flat
-
-
-def _describe(leaf: jax.Array | jax.ShapeDtypeStruct) -> dict:
-    return {"shape": list(leaf.shape), "dtype": str(leaf.dtype)}
 
 
 def _placed(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
@@ -338,25 +302,6 @@ def _placed(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device)
 
 
-def _check_same(path: Path, saved: dict[str, dict], wanted: dict[str, dict]) -> None:
-    """Raises WeightError unless paths, shapes and dtypes agree: orbax would cast and pad."""
-
-    def form(entry: dict | None) -> str:
-        return f"{entry['dtype']}{entry['shape']}" if entry else "absent"
-
-    differing = [
-        f"{name}: saved {form(saved.get(name))}, this run {form(wanted.get(name))}"
-        for name in sorted(saved.keys() | wanted.keys())
-        if saved.get(name) != wanted.get(name)
-    ]
-    if differing:
-        raise WeightError(
-            f"{path} is of another model, adapter or optimizer; {len(differing)} arrays differ:"
-            f"{listing(differing, 5)}\n- use the configuration of that run, or another "
-            "train.output_dir"
-        )
-
-
 def _broadcast(flag: bool) -> bool:
     """What process 0 says."""
     if jax.process_count() == 1:
@@ -364,17 +309,6 @@ def _broadcast(flag: bool) -> bool:
     return bool(multihost_utils.broadcast_one_to_all(np.asarray(flag)))
 
 
-def _version() -> str:
-    try:
-        return importlib.metadata.version("jaxtune")
-    except importlib.metadata.PackageNotFoundError:
-        return "(not installed)"
-
-
 def _is_not_orbax_error(record: logging.LogRecord) -> bool:
     """Drops orbax's own report, with tracebacks, of errors that it also raises."""
     return not (record.levelno >= logging.ERROR and "orbax" in record.pathname)
-
-
-def _warn(message: str) -> None:
-    sys.stderr.write(f"jaxtune: warning: {message}\n")

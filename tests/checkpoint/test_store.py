@@ -200,7 +200,7 @@ def test_other_state_is_refused_before_reading(tmp_path: Path) -> None:
     message = str(raised.value)
     assert "3 arrays differ" in message
     assert "params.layers.0.kernel: saved float32[8, 16], this run float32[8, 17]" in message
-    assert "params.extra: saved absent, this run float32[2]" in message
+    assert "params.extra: saved nothing, this run float32[2]" in message
     assert "opt.0: saved bfloat16[16], this run float32[16]" in message
 
 
@@ -458,3 +458,57 @@ def test_file_size_limit(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "4"]
     assert newest_is_exact(tmp_path, elements) == 4
+
+
+SMALL_DISK = """
+import subprocess, sys, numpy as np, jax.numpy as jnp
+from jaxtune.checkpoint.store import Store
+from jaxtune.errors import StorageError
+folder, options, elements = sys.argv[1], sys.argv[2], int(sys.argv[3])
+subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", folder], check=True)
+store = Store(folder, keep_last=1)
+
+def save(step, **kwargs):
+    noise = np.random.default_rng(step).normal(size=elements).astype(np.float32)
+    store.save(step, {"x": jnp.asarray(noise)}, {"row": step}, **kwargs)
+
+save(1, final=True)
+save(2)
+store.wait()
+print(store.failed_saves, store.steps(), flush=True)
+try:
+    save(3, final=True)
+except StorageError as error:
+    print("refused:", error)
+print(store.steps(), flush=True)
+subprocess.run(["mount", "-o", "remount,size=256m,nr_inodes=999", folder], check=True)
+save(4, final=True)
+abstract = {"x": jnp.zeros(elements)}
+print(store.restore(None, abstract)[0], flush=True)
+store.close()
+subprocess.run(["ls", "-A", folder])
+"""
+
+
+@pytest.mark.parametrize(
+    ("options", "elements"), (("size=24m", 4_000_000), ("size=99m,nr_inodes=30", 1_000))
+)
+def test_full_file_system(tmp_path: Path, options: str, elements: int) -> None:
+    """Space or inodes for one checkpoint only; then room is made."""
+    command = ["unshare", "-m", sys.executable, "-c", SMALL_DISK, str(tmp_path), options]
+    if subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode != 0:
+        pytest.skip("needs `unshare -m`")
+    root = str(Path(__file__).parents[2])
+    done = subprocess.run(
+        [*command, str(elements)],
+        env={**os.environ, "XLA_FLAGS": "", "PYTHONPATH": root},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0] == "1 [1]"
+    assert lines[1].startswith("refused: the checkpoint of step 3 could not be saved")
+    assert lines[2:] == ["[1]", "4", "4"]
+    assert "Traceback" not in done.stderr
