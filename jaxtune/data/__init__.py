@@ -1,0 +1,32 @@
+"""From data files to batches.
+
+tokenizer = load_tokenizer(path)
+train, held_out = load(cfg.data, tokenizer, seed=0, vocab_size=49152)
+loader = make_loader(train, cfg.data, rows=4, accumulation=2, seed=0)
+for batch, position in loader.batches(saved_position):
+    ...
+
+record --formats--> Example --tokenize--> TokenRow --packing, loader--> TokenBatch [A, B, T]
+"""
+
+from jaxtune.data.batch import TokenBatch, TokenRow
+from jaxtune.data.dataset import Dataset, Stats, load
+from jaxtune.data.formats import Example, Message
+from jaxtune.data.loader import Loader, make_loader
+from jaxtune.data.tokenize import load_tokenizer, prompt_ids, split_answer, stop_ids
+
+__all__ = [
+    "Dataset",
+    "Example",
+    "Loader",
+    "Message",
+    "Stats",
+    "TokenBatch",
+    "TokenRow",
+    "load",
+    "load_tokenizer",
+    "make_loader",
+    "prompt_ids",
+    "split_answer",
+    "stop_ids",
+]

@@ -1,0 +1,229 @@
+"""Tokenized rows -> an endless, exactly resumable stream of batches.
+
+The order of an epoch follows from (seed, epoch) alone, and the rows of its batches (the plan) from
+that order and the lengths. A position in the stream is therefore a handful of numbers, and a batch
+can be made anywhere without making those before it. Every process computes the same plan and builds
+only its own share of each batch, so all processes always agree on the number of steps.
+
+An epoch shows every example exactly once: its last batch is filled up with empty rows.
+"""
+
+import math
+import queue
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+
+from jaxtune.data.batch import TokenBatch
+from jaxtune.data.dataset import Dataset
+from jaxtune.data.packing import pack, stack_rows
+from jaxtune.errors import DataError
+from jaxtune.schema import Data
+
+T = TypeVar("T")
+Position = dict[str, Any]
+Plan = list[list[int]]  # for each row of an epoch, the indices of its examples
+LENGTH_STEP = 64  # pad_to=longest rounds up to a multiple, to compile for few lengths
+
+
+@dataclass
+class Loader:
+    """Batches of a dataset; make it with `make_loader`.
+
+    Attributes:
+        dataset: where the rows come from.
+        cfg: the data section of the config.
+        rows: rows of one forward pass over all processes, B.
+        accumulation: forward passes of one optimizer step, A.
+        seed: of the order.
+        shard: (index, count); this process builds rows index * B / count and on.
+    """
+
+    dataset: Dataset
+    cfg: Data
+    rows: int
+    accumulation: int
+    seed: int
+    shard: tuple[int, int]
+    _plan: tuple[int, Plan] = field(default=(-1, []), repr=False)
+
+    def num_steps(self, num_epochs: float) -> int:
+        """Optimizer steps of so many epochs (the part of an epoch is rounded up)."""
+        whole = int(num_epochs)
+        steps = sum(self._steps_in(epoch) for epoch in range(whole))
+        part = num_epochs - whole
+        return steps + (math.ceil(part * self._steps_in(whole)) if part > 0 else 0)
+
+    def position_at(self, step: int) -> Position:
+        """The position before step `step` (from 0) of an uninterrupted run."""
+        epoch = 0
+        while step >= (steps := self._steps_in(epoch)):
+            step, epoch = step - steps, epoch + 1
+        return self._position(epoch, step * self.rows * self.accumulation)
+
+    def batches(self, position: Position | None = None) -> Iterator[tuple[TokenBatch, Position]]:
+        """Yields, without end, a step's batch [A, B / shards, T] and the position after it.
+
+        Batches are prepared by a background thread, which ends when the iterator is closed.
+
+        Args:
+            position: where to go on, as an earlier iterator gave it; default: the beginning.
+
+        Raises:
+            DataError: the position belongs to other data or another order.
+        """
+        start = self._position(0, 0) if position is None else self._checked(position)
+        return _ahead(self._generate(start), self.cfg.prefetch)
+
+    def one_pass(self) -> Iterator[TokenBatch]:
+        """Yields batches [B / shards, T] of every row once, in the order of the first epoch."""
+        plan = self._plan_of(0)
+        for first in range(0, len(plan), self.rows):
+            batch = self._build(plan[first : first + self.rows], 1)
+            yield jax.tree.map(lambda x: x[0], batch)
+
+    def _checked(self, position: Position) -> Position:
+        if not self.cfg.allow_change:
+            for key, mine in (("fingerprint", self.dataset.fingerprint), ("seed", self.seed)):
+                if position[key] != mine:
+                    what = {
+                        "fingerprint": "the training data or their options differ from the run's",
+                        "seed": f"train.seed={mine} differs from the run's {position[key]}",
+                    }[key]
+                    raise DataError(
+                        f"{what}, so its order cannot be continued - restore them, or set "
+                        "data.allow_change=true"
+                    )
+        return position
+
+    def _generate(self, position: Position) -> Iterator[tuple[TokenBatch, Position]]:
+        epoch, first = position["epoch"], position["row"]
+        count = self.rows * self.accumulation
+        while True:
+            plan = self._plan_of(epoch)
+            while first < len(plan):
+                batch = self._build(plan[first : first + count], self.accumulation)
+                first += count
+                done = first >= len(plan)
+                yield batch, self._position(epoch + 1 if done else epoch, 0 if done else first)
+            epoch, first = epoch + 1, 0
+
+    def _position(self, epoch: int, row: int) -> Position:
+        seen = epoch * len(self.dataset.rows)
+        if row:
+            seen += sum(len(members) for members in self._plan_of(epoch)[:row])
+        return {
+            "fingerprint": self.dataset.fingerprint,
+            "seed": self.seed,
+            "epoch": epoch,
+            "row": row,
+            "samples": seen,
+        }
+
+    def _steps_in(self, epoch: int) -> int:
+        return math.ceil(len(self._plan_of(epoch)) / (self.rows * self.accumulation))
+
+    def _plan_of(self, epoch: int) -> Plan:
+        """The rows of an epoch; the last plan is kept, since it is asked for again and again."""
+        known, plan = self._plan
+        if known != epoch:
+            plan = self._make_plan(epoch)
+            self._plan = (epoch, plan)
+        return plan
+
+    def _make_plan(self, epoch: int) -> Plan:
+        count = len(self.dataset.rows)
+        order = list(range(count))
+        if self.cfg.shuffle:
+            order = np.random.default_rng([self.seed, epoch]).permutation(count).tolist()
+        if not self.cfg.packing:
+            return [[index] for index in order]
+        lengths = [len(row.tokens) for row in self.dataset.rows]
+        return pack(lengths, order, self.cfg.max_seq_len)
+
+    def _build(self, members: Plan, accumulation: int) -> TokenBatch:
+        """The arrays [A, B / shards, T] of this process's share of up to A * B rows."""
+        examples = [[self.dataset.rows[i] for i in row] for row in members]
+        length = self.cfg.max_seq_len
+        if not self.cfg.packing and self.cfg.pad_to == "longest":
+            longest = max(len(row[0].tokens) for row in examples)
+            length = min(length, math.ceil(longest / LENGTH_STEP) * LENGTH_STEP)
+        examples += [[]] * (accumulation * self.rows - len(examples))
+        index, count = self.shard
+        share = self.rows // count
+        starts = [a * self.rows + index * share for a in range(accumulation)]
+        own = [row for start in starts for row in examples[start : start + share]]
+        batch = stack_rows(own, length)
+        return jax.tree.map(lambda x: x.reshape(accumulation, share, length), batch)
+
+
+def make_loader(
+    dataset: Dataset,
+    cfg: Data,
+    *,
+    rows: int,
+    accumulation: int = 1,
+    seed: int = 0,
+    shard: tuple[int, int] = (0, 1),
+) -> Loader:
+    """Makes a loader.
+
+    Args:
+        dataset: tokenized rows.
+        cfg: the data section of the config.
+        rows: rows B of one forward pass, over all processes.
+        accumulation: forward passes A of one optimizer step.
+        seed: of the order of rows.
+        shard: (index, count) of this process; `count` divides `rows`.
+    """
+    index, count = shard
+    assert rows % count == 0 and 0 <= index < count
+    return Loader(dataset, cfg, rows, accumulation, seed, shard)
+
+
+class _End:
+    """Put in the queue after the last item; holds what the producer raised, if anything."""
+
+    def __init__(self, error: BaseException | None):
+        self.error = error
+
+
+def _ahead(items: Iterator[T], depth: int) -> Iterator[T]:
+    """Yields `items`, computing up to `depth` of them ahead in a background thread."""
+    if depth == 0:
+        yield from items
+        return
+    ready: queue.Queue[T | _End] = queue.Queue(depth)
+    closed = threading.Event()
+
+    def put(item: T | _End) -> None:
+        while not closed.is_set():
+            try:
+                return ready.put(item, timeout=0.1)
+            except queue.Full:
+                continue
+
+    def produce() -> None:
+        try:
+            for item in items:
+                put(item)
+                if closed.is_set():
+                    return
+            put(_End(None))
+        except BaseException as error:  # raised again in the consumer's thread
+            put(_End(error))
+
+    thread = threading.Thread(target=produce, name="prefetch", daemon=True)
+    thread.start()
+    try:
+        while not isinstance(item := ready.get(), _End):
+            yield item
+        if item.error is not None:
+            raise item.error
+    finally:
+        closed.set()
+        thread.join()
