@@ -18,6 +18,7 @@ collectively, process 0 does the rest. Whoever saves must hold the folder's `Run
 """
 
 import logging
+import re
 import shutil
 import threading
 from pathlib import Path
@@ -235,7 +236,7 @@ class Store:
 
     def _fail(self, step: int, error: Exception) -> None:
         """Counts and tells a failed save, and removes what it wrote."""
-        self._error = " ".join(str(error).split())[:300] or type(error).__name__
+        self._error = _cause(error)
         self.failed_saves += 1
         warn(f"the checkpoint of step {step} could not be saved: {self._error}")
         try:
@@ -284,7 +285,7 @@ class Store:
         except Exception as error:  # six types for damaged files alone
             if self._verify == "full":
                 raise  # every byte is as it was written: not damage
-            raise _Damaged(f"{STATE}: {type(error).__name__}: {str(error)[:300]}") from error
+            raise _Damaged(f"{STATE}: {type(error).__name__}: {_cause(error)}") from error
         leaves = [arrays[name] for name in abstract]
         return jax.tree.unflatten(jax.tree.structure(abstract_state), leaves), saved.position
 
@@ -300,6 +301,13 @@ def _placed(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         return leaf
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device)
+
+
+def _cause(error: Exception) -> str:
+    """One line; of tensorstore's, which names every file and layer, what the system said."""
+    system = re.search(r"([^:]+) \[os_error_code=", str(error))
+    text = system.group(1) if system else " ".join(str(error).split())[:300]
+    return text.strip() or type(error).__name__
 
 
 def _broadcast(flag: bool) -> bool:

