@@ -22,6 +22,7 @@ from jaxtune.checkpoint.safetensors import write_bytes, write_folder
 from jaxtune.checkpoint.tensors import Checkpoint, TensorInfo, dtype_from_name
 from jaxtune.errors import WeightError, listing
 from jaxtune.models.base import Change, Weight
+from jaxtune.peft import lora
 
 # Buffers that old versions of transformers saved; they follow from the config.
 _HARMLESS = re.compile(r"(.*\.)?rotary_emb\.inv_freq")
@@ -222,7 +223,7 @@ def save_model(
 
     Args:
         folder: a new folder, or an earlier export, which is replaced.
-        params: our path -> array, adapters merged; `params[path]` is used once per layer.
+        params: our path -> array; LoRA adapters among them are merged, in float32.
         checkpoint: what was fine-tuned: its config, generation config and dtypes are taken over.
         weights: the family's table.
         stacks: number of layers in each stack.
@@ -236,7 +237,8 @@ def save_model(
         StorageError: the folder cannot be written.
         ConfigError: the folder holds other files, or lies inside the source.
     """
-    targets = places(weights, params, stacks)
+    base = {path: leaf for path, leaf in params.items() if ".adapter." not in path}
+    targets = places(weights, base, stacks)
     # Layer by layer, so that shards hold neighbours; what is outside the layers comes first.
     layers = {name: -1 if place.layer is None else place.layer for name, place in targets.items()}
     tensors = {}
@@ -246,8 +248,7 @@ def save_model(
 
     def read(name: str) -> np.ndarray:
         place = targets[name]
-        leaf = params[place.path]
-        array = np.asarray(leaf if place.index is None else leaf[place.index])
+        array = _merged(params, place)
         return place.change.to_hf(_narrow(name, array, tensors[name].dtype))
 
     note = {"kind": "model", "base": checkpoint.name, **(record or {})}
@@ -258,6 +259,19 @@ def save_model(
         if checkpoint.generation_config is not None:
             write_json(temporary / "generation_config.json", checkpoint.generation_config)
         write_json(temporary / "config.json", _config(checkpoint, dtype))
+
+
+def _merged(params: Mapping[str, Any], place: Place) -> np.ndarray:
+    """One layer's array on the host, its adapter's product added if it has one."""
+
+    def host(path: str) -> np.ndarray:
+        return np.asarray(params[path] if place.index is None else params[path][place.index])
+
+    slot = place.path.removesuffix("kernel") + "adapter."
+    if not place.path.endswith(".kernel") or slot + "a" not in params:
+        return host(place.path)
+    product = lora.delta(host(slot + "a"), host(slot + "b"), float(host(slot + "scale")))
+    return host(place.path).astype(np.float32) + product
 
 
 def _narrow(name: str, array: np.ndarray, dtype: np.dtype) -> np.ndarray:

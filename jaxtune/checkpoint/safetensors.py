@@ -21,6 +21,7 @@ import numpy as np
 
 from jaxtune.checkpoint.tensors import TensorInfo, as_bytes, read_array
 from jaxtune.errors import WeightError, listing
+from jaxtune.faults import fault
 
 MAX_HEADER_BYTES = 16 << 20
 MAX_TENSORS = 100_000
@@ -84,16 +85,16 @@ def read_header(path: Path) -> dict[str, Location]:
     try:
         size = path.stat().st_size
         with open(path, "rb") as file:
-            start = file.read(8)
-            length = int.from_bytes(start, "little")
-            head = file.read(min(length, MAX_HEADER_BYTES, 512))
-            if len(start) < 8 or not head.startswith(b"{"):
-                raise WeightError(_not_safetensors(path, start + head))
+            start = file.read(512)
+            length = int.from_bytes(start[:8], "little")
+            if start[8:9] != b"{":
+                raise WeightError(_not_safetensors(path, start))
             if length > MAX_HEADER_BYTES:
                 raise _damaged(path, f"its header claims {length} bytes (limit 16 MB)")
             if length > size - 8:
                 raise _damaged(path, f"truncated inside its header ({size} bytes)")
-            head += file.read(length - len(head))
+            file.seek(8)
+            head = file.read(length)
     except OSError as error:
         raise WeightError(f"cannot read {path}: {error.strerror} - check the path") from error
     entries = _parse_header(path, head)
@@ -268,6 +269,7 @@ def write_folder(
         total = sum(info.nbytes for info in tensors.values())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+        fault("export_index")
         write_bytes(folder / f"{stem}.safetensors.index.json", text.encode())
     _verify(folder, set(weight_map.values()), digests)
 
@@ -312,6 +314,7 @@ def _write_file(
             digests[name] = hashlib.sha256(data).digest()
         file.flush()
         os.fsync(file.fileno())
+    fault("export_shard")
     temporary.replace(path)
     return digests
 
