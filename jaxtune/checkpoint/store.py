@@ -147,6 +147,7 @@ class Store:
                 ones of `abstract_state`: nothing is cast or padded.
         """
         self.wait()
+        _broadcast(True)  # process 0 has ended its save, too: all see the same folder
         numbered = steps.numbered(self.folder)
         if step is not None and step not in numbered:
             there = self.steps() or "none"
