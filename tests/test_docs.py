@@ -5,6 +5,7 @@ that install or train for minutes are the recipes of make targets, which CI runs
 """
 
 import functools
+import os
 import re
 import shlex
 import subprocess
@@ -132,9 +133,12 @@ def test_own_data_commands_of_the_readme_run(tmp_path: Path):
         for word in command[1:]
     ]
     small = ["--config.data.max_seq_len=64", "--config.eval.max_new_tokens=4"]
+    small += ["--config.train.compilation_cache="]
+    one_device = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     run = subprocess.run(
         [sys.executable, *arguments, *small],
         cwd=tmp_path,
+        env=one_device,
         capture_output=True,
         text=True,
         check=False,
