@@ -4,9 +4,11 @@
 file nobody looks at the config.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -21,8 +23,9 @@ from jaxtune import models, objectives, peft, tree
 from jaxtune.checkpoint import hf
 from jaxtune.checkpoint.adapter import Adapter, load_adapter
 from jaxtune.checkpoint.tensors import Checkpoint
-from jaxtune.distributed import to_device
+from jaxtune.distributed import batch_to_device, to_device
 from jaxtune.nn.params import AdapterConstant, AdapterParam, Policy
+from jaxtune.nn.stack import stack_sizes
 from jaxtune.schema import Model, Peft, RunConfig
 from jaxtune.sharding import rules
 from jaxtune.step import Objective, TrainState
@@ -64,9 +67,14 @@ class Run:
     imported: Adapter | None
     objective: Objective
 
-    def batch_sharding(self) -> NamedSharding:
-        """Rows of an [A, B, T] batch over the data shards."""
-        return NamedSharding(self.mesh, PartitionSpec(None, rules.RULES["batch"]))
+    def put(self, batch: Any) -> Any:
+        """A host batch of [A, B, T] or [B, T] arrays on the devices, its rows over the shards."""
+        axes = ("batch", None)
+
+        def put_one(array: np.ndarray) -> jax.Array:
+            return batch_to_device(array, rules.sharding(array.shape, axes, self.mesh, "batch"))
+
+        return jax.tree.map(put_one, batch)
 
     def flops_per_token(self, length: int) -> float:
         """Model FLOPs of one training token, recomputation not counted.
@@ -109,24 +117,29 @@ def describe(config: RunConfig, mesh: Mesh, checkpoint: Checkpoint) -> Run:
     """Builds the description of a run.
 
     Raises:
-        WeightError: the checkpoint's config.json is of no known family, or the adapter does not fit.
-        ConfigError: adapter targets match nothing.
+        WeightError: the checkpoint's config.json is of no known family, or the adapter does not
+        fit. ConfigError: adapter targets match nothing.
     """
     family = models.family(checkpoint.config.get("model_type"))
     model_config = family.Config.from_hf(checkpoint.config)
     platform = mesh.devices.flat[0].platform
     policy = resolve_policy(config.model, config.peft.method, platform)
-    imported = load_adapter(config.peft.adapter) if config.peft.adapter else None
+    stacks = stack_sizes(model_config.num_layers, policy.layers)
+
+    def build_base() -> nnx.Module:
+        return family.build(model_config, policy, nnx.Rngs(0))
+
+    imported = None
+    if config.peft.adapter:
+        folder, base = Path(config.peft.adapter), tree.describe(build_base).abstract()
+        imported = load_adapter(folder, base, family.WEIGHTS, stacks, base=checkpoint.name)
     adapter = None if config.peft.method == "full" else _adapter_config(config.peft, imported)
     choice: dict[str, tuple[bool, ...]] = {}
-    stacks: tuple[int, ...] = ()
 
     def build() -> nnx.Module:
-        nonlocal stacks
-        model = family.build(model_config, policy, nnx.Rngs(0))
-        stacks = model.stacks
+        model = build_base()
         if adapter is not None:
-            choice.update(peft.choose(model, _targets(config.peft, imported)))
+            choice.update(imported.choice if imported else _choose(model, config.peft))
             peft.attach(model, config.peft.method, adapter, choice)
         return model
 
@@ -162,22 +175,20 @@ def describe(config: RunConfig, mesh: Mesh, checkpoint: Checkpoint) -> Run:
 
 
 def _adapter_config(config: Peft, imported: Adapter | None) -> Any:
-    rank, alpha, rslora = config.rank, config.alpha, config.rslora
     if imported is not None:
-        rank, alpha, rslora = imported.rank, imported.alpha, imported.rslora
+        return dataclasses.replace(imported.config, dropout=config.dropout)
     return peft.METHODS[config.method].Config(
-        rank=rank, alpha=alpha, rslora=rslora, dropout=config.dropout
+        rank=config.rank, alpha=config.alpha, rslora=config.rslora, dropout=config.dropout
     )
 
 
-def _targets(config: Peft, imported: Adapter | None) -> peft.Targets:
-    if imported is not None:
-        return peft.Targets(include=imported.targets, layers=imported.layers)
-    return peft.Targets(
+def _choose(model: nnx.Module, config: Peft) -> peft.Choice:
+    targets = peft.Targets(
         include=config.target_modules,
         exclude=config.exclude_modules,
         layers=config.layers_to_transform,
     )
+    return peft.choose(model, targets)
 
 
 def decayed(run: Run) -> dict[str, bool]:
@@ -206,9 +217,14 @@ def shardings(abstract: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf.sharding, abstract)
 
 
+def adapter_variables(skeleton: Skeleton) -> set[str]:
+    """Names of the variables that belong to adapters."""
+    return skeleton.select(AdapterParam) | skeleton.select(AdapterConstant)
+
+
 def fill_base(run: Run, progress: Callable[[int, int], None]) -> Params:
     """Streams the base weights from the checkpoint into arrays of the described shardings."""
-    variables = run.skeleton.select(AdapterParam) | run.skeleton.select(AdapterConstant)
+    variables = adapter_variables(run.skeleton)
     wanted = run.frozen | run.trainable
     base = {name: leaf for name, leaf in wanted.items() if name not in variables}
     return hf.load_weights(
@@ -223,17 +239,16 @@ def fill_base(run: Run, progress: Callable[[int, int], None]) -> Params:
 
 def fill_adapter(run: Run) -> Params:
     """First values of the adapter: of the imported one, or the method's own."""
-    variables = run.skeleton.select(AdapterParam) | run.skeleton.select(AdapterConstant)
     wanted = run.frozen | run.trainable
     return {
         name: to_device(_initial(run, name, wanted[name].shape), wanted[name].sharding)
-        for name in sorted(variables)
+        for name in sorted(adapter_variables(run.skeleton))
     }
 
 
 def _initial(run: Run, name: str, shape: tuple[int, ...]) -> np.ndarray:
-    if run.imported is not None and not name.endswith(".scale"):
-        return run.imported.stacked(name, shape, run.stacks)
+    if run.imported is not None:
+        return run.imported.params[name]
     method, seed = run.config.peft.method, run.config.train.seed
     return peft.initial_value(name, shape, method, run.adapter, run.choice, run.stacks, seed)
 
@@ -243,5 +258,5 @@ def initial_state(run: Run, tx: optax.GradientTransformation, values: Params) ->
     abstract = abstract_state(run, tx)
     trainable = {name: values[name] for name in run.trainable}
     init = jax.jit(tx.init, out_shardings=shardings(abstract.opt_state))
-    zero = jax.device_put(np.int32(0), abstract.step.sharding)
-    return TrainState(zero, zero, trainable, init(trainable))
+    step, bad_steps = (jax.device_put(np.int32(0), abstract.step.sharding) for _ in range(2))
+    return TrainState(step, bad_steps, trainable, init(trainable))

@@ -1,8 +1,9 @@
-"""From a config file and a command line to a checked `RunConfig`; only this file knows ml_collections.
+"""From a config file and a command line to a checked `RunConfig`; only this file knows
+ml_collections.
 
-A config file returns `default()` with a few fields changed; the command line overrides single fields
-(`--config.peft.rank=8`). `resolve` checks every value against the schema and turns the editable tree
-into frozen dataclasses.
+A config file returns `default()` with a few fields changed; the command line overrides single
+fields (`--config.peft.rank=8`). `resolve` checks every value against the schema and turns the
+editable tree into frozen dataclasses.
 """
 
 import dataclasses

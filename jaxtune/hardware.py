@@ -21,7 +21,9 @@ _PEAKS = {
 
 
 def peak_flops(device: jax.Device, dtype: DTypeLike) -> float | None:
-    """FLOP/s that one device could do; measured on a CPU, None for an accelerator not in the table."""
+    """FLOP/s that one device could do; measured on a CPU, None for an accelerator not in the
+    table.
+    """
     if device.platform == "cpu":
         return _measured(dtype)
     kinds = [kind for kind in _PEAKS if device.device_kind.startswith(kind)]

@@ -28,6 +28,19 @@ def warn(text: str) -> None:
     sys.stderr.write(f"jaxtune: warning: {text}\n")
 
 
+def every_few_seconds(label: str) -> Callable[[int, int], None]:
+    """A progress callback (done, total) that prints at most every two seconds."""
+    last = time.monotonic()
+
+    def report(done: int, total: int) -> None:
+        nonlocal last
+        if time.monotonic() - last > 2:
+            last = time.monotonic()
+            info(f"{label}: {done} of {total}")
+
+    return report
+
+
 class Log:
     """Sends each row of metrics to every writer, and shows progress."""
 
@@ -66,17 +79,17 @@ class Log:
         else:
             info(text)
 
-    def close(self) -> Path | None:
-        """Ends the progress bar and draws the loss curve; returns the picture's path."""
+    def close(self) -> dict[str, Path]:
+        """Ends the progress bar, draws the loss curve; returns {"plot": path} if there is one."""
         if self._bar is not None:
             self._bar.stop()
         if not self._config.plot:
-            return None
+            return {}
         try:
-            return plot_losses(self.path, self._folder / "loss.png")
+            return {"plot": plot_losses(self.path, self._folder / "loss.png")}
         except OSError as error:
             warn(f"loss.png cannot be written ({error})")
-            return None
+            return {}
 
     def _eta(self, step: int, split: str) -> str:
         done = step - self._start
@@ -116,8 +129,13 @@ class _Bar:
     """A rich progress bar with the newest metrics."""
 
     def __init__(self, num_steps: int, start: int):
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-        from rich.progress import TimeRemainingColumn
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+        )
 
         columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         self._progress = Progress(*columns, TextColumn("{task.description}"))

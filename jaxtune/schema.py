@@ -1,7 +1,7 @@
 """The schema of a run: every option once, with its type, default, range and documentation.
 
-`--help`, the reference page and the range checks of `config.resolve` are made from these fields. The
-dataclasses are frozen: what the rest of the package reads can no longer change.
+`--help`, the reference page and the range checks of `config.resolve` are made from these fields.
+The dataclasses are frozen: what the rest of the package reads can no longer change.
 """
 
 import dataclasses

@@ -1,8 +1,8 @@
 """One optimizer step, jitted, with donated state.
 
-Losses and gradients are summed over micro-batches in float32 and divided once by the sum of weights:
-exact for packed and uneven micro-batches. A step whose loss or gradient is not finite leaves
-parameters and optimizer state as they were, bit for bit, and is counted.
+Losses and gradients are summed over micro-batches in float32 and divided once by the sum of
+weights: exact for packed and uneven micro-batches. A step whose loss or gradient is not finite
+leaves parameters and optimizer state as they were, bit for bit, and is counted.
 """
 
 import functools
@@ -64,9 +64,7 @@ def make_train_step(
     @functools.partial(jax.jit, donate_argnums=0, out_shardings=(state_shardings, None))
     def train_step(state: TrainState, frozen: Params, batch: Any) -> tuple[TrainState, Metrics]:
         accumulation = jax.tree.leaves(batch)[0].shape[0]
-        keys = jax.random.split(
-            jax.random.fold_in(jax.random.key(seed), state.step), accumulation
-        )
+        keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step), accumulation)
 
         def micro_step(total: Any, micro_and_key: tuple) -> tuple:
             (value, sums), grads = gradient(state.trainable, frozen, *micro_and_key)
@@ -103,7 +101,7 @@ def make_train_step(
 def make_eval_step(
     skeleton: Skeleton, objective: Objective
 ) -> Callable[[Params, Params, Any], tuple[jax.Array, Metrics]]:
-    """Builds `eval_step(trainable, frozen, batch)` -> (sum of losses, other sums); [B, T] leaves."""
+    """Builds `eval_step(trainable, frozen, batch)`: sum of losses, other sums; leaves [B, T]."""
 
     @jax.jit
     def eval_step(trainable: Params, frozen: Params, batch: Any) -> tuple[jax.Array, Metrics]:

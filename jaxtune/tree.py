@@ -1,8 +1,9 @@
 """Parameters as flat dictionaries: `{"layers.0.attn.q_proj.kernel": array, ...}`.
 
 A model is described once (`describe`) and split into a `Skeleton`, which holds no arrays, and flat
-dictionaries, which hold nothing else. Outside a model's own methods everything (gradients, optimizer
-state, checkpoints, exports) works on such dictionaries; `Skeleton.model` makes a model of them again.
+dictionaries, which hold nothing else. Outside a model's own methods everything (gradients,
+optimizer state, checkpoints, exports) works on such dictionaries; `Skeleton.model` makes a model of
+them again.
 """
 
 import re

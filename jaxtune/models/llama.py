@@ -1,4 +1,6 @@
-"""Llama 1 to 3.x and the many models that are Llama under another name (SmolLM, TinyLlama, Yi ...)."""
+"""Llama 1 to 3.x and the many models that are Llama under another name (SmolLM, TinyLlama, Yi
+...).
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

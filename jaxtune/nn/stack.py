@@ -2,8 +2,8 @@
 
 A stack is a block whose parameters have a leading axis over its layers. A model holds a list of
 stacks: one of all layers when scanned (compile time does not grow with depth), one per layer when
-unrolled (XLA for CPU runs that faster: no slice of stacked weights is copied), and one per trainable
-or frozen segment where a method needs it.
+unrolled (XLA for CPU runs that faster: no slice of stacked weights is copied), and one per
+trainable or frozen segment where a method needs it.
 """
 
 from collections.abc import Callable, Sequence

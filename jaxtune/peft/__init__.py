@@ -1,7 +1,8 @@
 """Which layers get an adapter, and the table of methods.
 
-A method is a module with `Config` (its knobs), `attach` (a linear layer and its chosen layers -> the
-adapter for the slot) and `initial` (name and shape of a variable -> its first value, one layer).
+A method is a module with `Config` (its knobs), `attach` (a linear layer and its chosen layers ->
+the adapter for the slot) and `initial` (name and shape of a variable -> its first value, one
+layer).
 """
 
 import difflib
@@ -75,7 +76,8 @@ def choose(model: Any, targets: Targets) -> Choice:
 
 
 def layer_names(path: str, stacks: tuple[int, ...]) -> list[tuple[int | None, str]]:
-    """(index, name) of each layer behind a path: layers.1.attn.q_proj -> [(4, layers.4.attn...)]."""
+    """(index, name) of each layer behind a path: layers.1.attn.q_proj -> [(4, layers.4.attn...)].
+    """
     parts = path.split(".")
     if parts[0] != "layers":
         return [(None, path)]
@@ -107,7 +109,13 @@ def attach(model: Any, method: str, config: Any, choice: Choice) -> None:
 
 
 def initial_value(
-    name: str, shape: tuple[int, ...], method: str, config: Any, choice: Choice, stacks: Any, seed: int
+    name: str,
+    shape: tuple[int, ...],
+    method: str,
+    config: Any,
+    choice: Choice,
+    stacks: Any,
+    seed: int,
 ) -> np.ndarray:
     """First value of an adapter's variable; the same for a layer in whatever stack it is.
 

@@ -4,8 +4,8 @@
 
 or s = alpha / sqrt(R) with rsLoRA (arXiv 2312.03732). A starts uniform in +-1/sqrt(D_in) and B at
 zero, as in PEFT 0.21.2 (`init_lora_weights=True`), so the adapted model starts as the base. A and B
-are float32 whatever the base's dtype; they are computed in the activations' dtype. Layers of a stack
-that are not adapted have s = 0: they stay the base and their A and B get no gradient.
+are float32 whatever the base's dtype; they are computed in the activations' dtype. Layers of a
+stack that are not adapted have s = 0: they stay the base and their A and B get no gradient.
 """
 
 from dataclasses import dataclass

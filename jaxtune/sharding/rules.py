@@ -31,7 +31,9 @@ def spec(
         mesh_axes = tuple(a for a in RULES.get(axis or "", ()) if mesh.shape.get(a, 1) > 1)
         shards = math.prod(mesh.shape[a] for a in mesh_axes)
         if size % shards:
-            _log.warning("%s: axis %s=%d is not divisible by %d: replicated", name, axis, size, shards)
+            _log.warning(
+                "%s: axis %s=%d is not divisible by %d: replicated", name, axis, size, shards
+            )
             mesh_axes = ()
         parts.append(mesh_axes or None)
     return PartitionSpec(*parts)

@@ -1,7 +1,6 @@
 """Which key a query sees."""
 
 import jax
-import jax.numpy as jnp
 
 
 def visible(

@@ -1,9 +1,9 @@
 """Blockwise attention in plain XLA with a hand-written gradient.
 
 The query axis is cut into blocks; each meets only the keys up to its last row, so nothing above the
-diagonal is computed. The backward pass works on transposed score blocks, whose products have no left
-operand contracted over its leading axis (slow on CPU). Kept for it: q, k, v, the output and the
-log-sum-exp of each row, as in FlashAttention-2 (arXiv 2307.08691).
+diagonal is computed. The backward pass works on transposed score blocks, whose products have no
+left operand contracted over its leading axis (slow on CPU). Kept for it: q, k, v, the output and
+the log-sum-exp of each row, as in FlashAttention-2 (arXiv 2307.08691).
 """
 
 import functools

@@ -1,8 +1,8 @@
 """Output matrix and softmax cross-entropy in one, without the logits of all tokens.
 
 The tokens go through in chunks. While a chunk's logits exist, the forward pass makes the loss *and*
-its gradients from them, so they are neither kept nor computed twice; the backward pass multiplies the
-gradients by the loss's cotangent, a scalar.
+its gradients from them, so they are neither kept nor computed twice; the backward pass multiplies
+the gradients by the loss's cotangent, a scalar.
 """
 
 import functools
@@ -33,8 +33,8 @@ def cross_entropy(
         loss_dtype: dtype of the logits.
 
     Returns:
-        Two float32 scalars: sum of weight * loss, and sum of weight over tokens whose target has the
-        largest logit (ties count as correct).
+        Two float32 scalars: sum of weight * loss, and sum of weight over tokens whose target has
+        the largest logit (ties count as correct).
     """
     return _cross_entropy(x, w, targets, weights, transposed, jnp.dtype(loss_dtype))
 

@@ -2,9 +2,9 @@
 
 Gradients are written by hand for three reasons: operands stay in the compute dtype while sums are
 float32 (XLA for CPU and the matrix units of TPU and GPU have a fast path for just that form, which
-autodiff would leave in the backward pass); the gradient of a frozen weight is never computed; and the
-products that make an adapter's gradients contract over the last axis of a small left operand (a left
-operand contracted over its leading axis has no fast kernel on CPU).
+autodiff would leave in the backward pass); the gradient of a frozen weight is never computed; and
+the products that make an adapter's gradients contract over the last axis of a small left operand (a
+left operand contracted over its leading axis has no fast kernel on CPU).
 """
 
 import jax

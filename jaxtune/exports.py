@@ -1,0 +1,57 @@
+"""A run's parameters as Hugging Face files, at the end of training and by `jaxtune.export`."""
+
+from pathlib import Path
+from typing import Any
+
+from jaxtune.build import Run
+from jaxtune.checkpoint.adapter import save_adapter
+from jaxtune.checkpoint.hf import save_model
+from jaxtune.tree import Params
+
+
+def write_adapter(run: Run, params: Params, folder: Path) -> None:
+    """Writes the adapter as a PEFT folder."""
+    save_adapter(
+        folder,
+        params,
+        run.choice,
+        run.adapter,
+        run.family.WEIGHTS,
+        run.stacks,
+        base=run.checkpoint.name,
+        revision=run.config.model.revision,
+    )
+
+
+def write_merged(
+    run: Run,
+    params: Params,
+    tokenizer: Any,
+    folder: Path,
+    *,
+    dtype: str | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+) -> None:
+    """Writes a whole model, adapters merged; `dtype` None keeps that of the base's files."""
+    save_model(
+        folder,
+        params,
+        run.checkpoint,
+        run.family.WEIGHTS,
+        run.stacks,
+        tokenizer=tokenizer,
+        dtype=dtype,
+        max_shard_bytes=max_shard_bytes,
+    )
+
+
+def write_results(run: Run, params: Params, tokenizer: Any, folder: Path) -> dict[str, Path]:
+    """Writes what the config asks for at the end of a run; returns the folders by name."""
+    asked, paths = run.config.checkpoint, {}
+    if run.adapter is not None and asked.export_adapter:
+        paths["adapter"] = folder / "adapter"
+        write_adapter(run, params, paths["adapter"])
+    if run.adapter is None or asked.export_merged:
+        paths["merged"] = folder / "merged"
+        write_merged(run, params, tokenizer, paths["merged"])
+    return paths

@@ -1,0 +1,114 @@
+"""Measurements on held-out rows during a run: loss, token accuracy, exact match of answers."""
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from jaxtune import data
+from jaxtune.build import Run
+from jaxtune.infer import Sampling, generate
+from jaxtune.log import Log
+from jaxtune.sharding.rules import batch_shards
+from jaxtune.step import make_eval_step
+from jaxtune.tree import Params
+
+SHOWN = 3  # sample answers printed at the end
+
+
+class HeldOut:
+    """Measures the held-out set of a run, if it has one.
+
+    Attributes:
+        last: newest value of every measurement, named "eval_<name>".
+    """
+
+    def __init__(
+        self, run: Run, tokenizer: Any, dataset: data.Dataset | None, frozen: Params, log: Log
+    ):
+        self.last: dict[str, float] = {}
+        self._run, self._tokenizer, self._dataset = run, tokenizer, dataset
+        self._frozen, self._log = frozen, log
+        self._eval_step = make_eval_step(run.skeleton, run.objective)
+        self._answers: list[list[str]] = []
+
+    @property
+    def loss(self) -> float | None:
+        """The newest held-out loss, by which the best checkpoint is chosen."""
+        return self.last.get("eval_loss")
+
+    def measure(self, step: int, trainable: Params) -> None:
+        """Loss, perplexity and token accuracy over all held-out rows."""
+        if self._dataset is None:
+            return
+        loss = weight = correct = 0.0
+        for batch in self._batches(self._dataset):
+            value, sums = self._eval_step(trainable, self._frozen, batch)
+            loss += float(value)
+            weight += float(sums["weight"])
+            correct += float(sums["correct"])
+        mean = loss / max(weight, 1e-8)
+        self._record(
+            step,
+            {
+                "loss": mean,
+                "perplexity": math.exp(min(mean, 700.0)),
+                "accuracy": correct / max(weight, 1e-8),
+            },
+        )
+
+    def _batches(self, dataset: data.Dataset) -> Iterator[data.TokenBatch]:
+        config = self._run.config
+        rows = config.eval.batch_size * batch_shards(self._run.mesh)
+        loader = data.make_loader(dataset, config.data, rows=rows, seed=config.train.seed)
+        return map(self._run.put, loader.one_pass())
+
+    def answer(self, step: int, trainable: Params) -> None:
+        """Generates the last answer of each held-out row and counts the exact ones."""
+        config = self._run.config.eval
+        if not config.exact_match or self._dataset is None:
+            return
+        rows = self._rows()
+        self._log.say(f"answering {len(rows)} held-out rows ...")
+        prompts = [data.prompt_ids(self._tokenizer, messages).tolist() for messages, _ in rows]
+        stops = data.stop_ids(self._tokenizer)
+        outputs = generate(
+            self._run.skeleton,
+            {**self._frozen, **trainable},
+            prompts,
+            max_new_tokens=config.max_new_tokens,
+            eos_ids=stops,
+            sampling=Sampling(),
+        )
+        answers = [self._tokenizer.decode(ids, skip_special_tokens=True) for ids in outputs]
+        exact = [
+            answer.strip() == right.strip()
+            for answer, (_, right) in zip(answers, rows, strict=True)
+        ]
+        self._answers.append(answers)
+        self._record(step, {"exact_match": sum(exact) / len(exact)})
+
+    def _rows(self) -> list[tuple[tuple[data.Message, ...], str]]:
+        """The messages before the last answer, and that answer, of the measured rows."""
+        assert self._dataset is not None
+        examples = self._dataset.examples
+        return [data.split_answer(e) for e in examples[: self._run.config.eval.max_rows or None]]
+
+    def write_samples(self, path: Path) -> dict[str, Path]:
+        """Writes every answer (before training, where there is one, and after) and shows a few."""
+        if not self._answers:
+            return {}
+        before, after = self._answers[0], self._answers[-1]
+        with path.open("w", encoding="utf-8") as file:
+            for i, (messages, right) in enumerate(self._rows()):
+                row = {"prompt": messages[-1].content, "reference": right, "answer": after[i]}
+                row |= {"answer_before": before[i]} if len(self._answers) > 1 else {}
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                if i < SHOWN:
+                    self._log.say("\n".join(f"  {name}: {text}" for name, text in row.items()))
+        return {"samples": path}
+
+    def _record(self, step: int, row: dict[str, float]) -> None:
+        self.last |= {f"eval_{name}": value for name, value in row.items()}
+        self._log.write(step, "eval", row)

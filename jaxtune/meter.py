@@ -1,0 +1,74 @@
+"""Training metrics: speed, padding and utilisation around what the step returns."""
+
+import math
+import time
+from typing import Any
+
+from jaxtune.build import Run
+from jaxtune.data import TokenBatch
+from jaxtune.errors import NumericsError
+from jaxtune.hardware import peak_flops
+from jaxtune.log import Log
+
+
+class Meter:
+    """Turns the metrics of steps into rows of the log.
+
+    Metrics of a step are read while the next one runs, so that the devices never wait for the host.
+
+    Attributes:
+        last: the newest row.
+    """
+
+    def __init__(self, run: Run, log: Log, mean_length: float):
+        """`mean_length` is the mean number of tokens of an example, for counting attention."""
+        devices = run.mesh.devices
+        peak = peak_flops(devices.flat[0], run.policy.compute_dtype)
+        self.last: dict[str, float] = {}
+        self._log, self._every = log, run.config.log.every_steps
+        self._max_bad_steps = run.config.train.max_bad_steps
+        self._peak = None if peak is None else peak * devices.size
+        self._flops_per_token = run.flops_per_token(mean_length)
+        self._waiting: tuple[int, dict[str, Any], int] | None = None
+        self._clock, self._tokens, self._slots = time.monotonic(), 0.0, 0
+
+    def add(self, step: int, metrics: dict[str, Any], batch: TokenBatch) -> None:
+        """Takes a step's metrics, still being computed; reports those of the step before."""
+        self.flush()
+        self._waiting = (step, metrics, batch.tokens.size)
+
+    def flush(self) -> None:
+        """Reports the metrics that wait, if any.
+
+        Raises:
+            NumericsError: too many steps in a row were not finite.
+        """
+        if self._waiting is None:
+            return
+        step, metrics, slots = self._waiting
+        self._waiting = None
+        row = {name: float(value) for name, value in metrics.items()}
+        self._tokens += row.pop("tokens")
+        self._slots += slots
+        if row["skipped"]:
+            self._log.say(f"step {step}: loss or gradient is not finite; the update was skipped")
+        if step % self._every == 0 or row["skipped"]:
+            self._write(step, row)
+        if row["bad_steps"] >= self._max_bad_steps:
+            raise NumericsError(
+                f"{row['bad_steps']:.0f} steps in a row up to step {step} were not finite - the "
+                "last good checkpoint is kept; lower optim.learning_rate or look at the data, "
+                "then start the same command"
+            )
+
+    def _write(self, step: int, row: dict[str, float]) -> None:
+        now = time.monotonic()
+        speed = self._tokens / (now - self._clock)
+        row["perplexity"] = math.exp(min(row["loss"], 700.0))
+        row["tokens_per_second"] = speed
+        row["padding_ratio"] = 1 - self._tokens / self._slots
+        if self._peak is not None:
+            row["mfu"] = speed * self._flops_per_token / self._peak
+        self._clock, self._tokens, self._slots = now, 0.0, 0
+        self.last = row
+        self._log.write(step, "train", row)

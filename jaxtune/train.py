@@ -1,0 +1,204 @@
+"""The training command, and the only training loop.
+
+python -m jaxtune.train --config=configs/lora_llama.py [--config.section.field=value ...]
+"""
+
+import dataclasses
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxtune import build, config, data, optim, tree
+from jaxtune.checkpoint.lock import RunLock
+from jaxtune.checkpoint.source import open_checkpoint
+from jaxtune.checkpoint.store import Store
+from jaxtune.errors import run_command
+from jaxtune.exports import write_results
+from jaxtune.faults import fault
+from jaxtune.held_out import HeldOut
+from jaxtune.log import Log, every_few_seconds, info
+from jaxtune.meter import Meter
+from jaxtune.schema import RunConfig
+from jaxtune.sharding.mesh import make_mesh
+from jaxtune.sharding.rules import batch_shards
+from jaxtune.signals import StopSignal
+from jaxtune.step import TrainState, make_train_step
+from jaxtune.tree import Params
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run ended with.
+
+    Attributes:
+        steps: optimizer steps taken in all.
+        metrics: the last row of training metrics, and of held-out ones as "eval_<name>".
+        paths: files and folders written, by what they are: metrics, checkpoints, and where asked
+            for plot, samples, adapter, merged.
+    """
+
+    steps: int
+    metrics: dict[str, float]
+    paths: dict[str, Path]
+
+
+def train(cfg: RunConfig) -> Result:
+    """Fine-tunes as the config says, going on from the newest good checkpoint if there is one.
+
+    Raises:
+        JaxtuneError: its subclass for whatever a user can cause, before weights load if possible.
+    """
+    _enable_compilation_cache(cfg.train.compilation_cache)
+    folder = Path(cfg.train.output_dir)
+    with RunLock(folder), StopSignal() as stop:
+        run, tokenizer, batches, held_out_set = _describe(cfg)
+        num_steps = cfg.train.num_steps or batches.num_steps(cfg.train.num_epochs)
+        (folder / "config.json").write_text(config.to_json(cfg))
+        _report(run, batches.dataset, held_out_set, num_steps)
+        store = Store(
+            folder / "checkpoints",
+            keep_last=cfg.checkpoint.keep_last,
+            keep_best=cfg.checkpoint.keep_best,
+            verify=cfg.checkpoint.verify,
+        )
+        schedule = optim.make_schedule(cfg.optim, num_steps)
+        tx = optim.make_optimizer(cfg.optim, schedule, build.decayed(run))
+        try:
+            state, frozen, start, position = _fill(run, tx, store)
+            log = Log(cfg.log, folder, start, num_steps)
+            held_out = HeldOut(run, tokenizer, held_out_set, frozen, log)
+            if start == 0:
+                held_out.answer(0, state.trainable)
+            train_step = make_train_step(
+                run.skeleton,
+                run.objective,
+                tx,
+                schedule,
+                cfg.train.seed,
+                build.shardings(build.abstract_state(run, tx)),
+            )
+            meter = Meter(run, log, _mean_length(batches.dataset))
+            stream = batches.batches(position)
+            for step in range(start + 1, num_steps + 1):
+                batch, position = next(stream)
+                fault("step_pre", step)
+                state, metrics = train_step(state, frozen, run.put(batch))
+                meter.add(step, metrics, batch)
+                fault("step_post", step)
+                if _every(step, cfg.eval.every_steps) and step < num_steps:
+                    meter.flush()
+                    held_out.measure(step, state.trainable)
+                if stop.received is not None and step < num_steps:
+                    meter.flush()
+                    store.save(step, state, position, held_out.loss, final=True)
+                    raise stop.error(
+                        f"stopped after step {step}, state saved - start the same command to go on"
+                    )
+                if _every(step, cfg.checkpoint.every_steps) and step < num_steps:
+                    store.save(step, state, position, held_out.loss)
+            stream.close()
+            meter.flush()
+            held_out.measure(num_steps, state.trainable)
+            if start < num_steps:
+                store.save(num_steps, state, position, held_out.loss, final=True)
+            held_out.answer(num_steps, state.trainable)
+        finally:
+            store.close()
+        paths = {"metrics": log.path, "checkpoints": store.folder, **log.close()}
+        paths |= held_out.write_samples(folder / "samples.jsonl")
+        paths |= write_results(run, {**frozen, **state.trainable}, tokenizer, folder)
+    for what, path in paths.items():
+        info(f"{what}: {path}")
+    return Result(num_steps, {**meter.last, **held_out.last}, paths)
+
+
+def _describe(cfg: RunConfig) -> tuple[build.Run, Any, data.Loader, data.Dataset | None]:
+    """Opens everything the run reads, and describes it; no weights are read."""
+    mesh = make_mesh(dataclasses.asdict(cfg.mesh))
+    checkpoint = open_checkpoint(cfg.model.path, cfg.model.revision)
+    is_tiny = cfg.model.path.startswith("tiny:")
+    own = cfg.model.path if is_tiny else str(checkpoint.root)
+    tokenizer = data.load_tokenizer(cfg.model.tokenizer or own, template=cfg.data.template)
+    train_set, held_out_set = data.load(
+        cfg.data, tokenizer, seed=cfg.train.seed, vocab_size=checkpoint.config["vocab_size"]
+    )
+    batches = data.make_loader(
+        train_set,
+        cfg.data,
+        rows=cfg.train.micro_batch_size * batch_shards(mesh),
+        accumulation=cfg.train.gradient_accumulation_steps,
+        seed=cfg.train.seed,
+    )
+    return build.describe(cfg, mesh, checkpoint), tokenizer, batches, held_out_set
+
+
+def _fill(run: build.Run, tx: Any, store: Store) -> tuple[TrainState, Params, int, dict | None]:
+    """State, frozen parameters, step and data position: of a checkpoint, or of the beginning."""
+    resume, restored = run.config.checkpoint.resume, None
+    if resume != "never":
+        wanted = None if resume == "auto" else int(resume)
+        restored = store.restore(wanted, build.abstract_state(run, tx))
+    values = build.fill_adapter(run)
+    if restored is None or run.adapter is not None:
+        values |= build.fill_base(run, every_few_seconds("loading weights"))
+    frozen = {name: values[name] for name in run.frozen}
+    if restored is None:
+        return build.initial_state(run, tx, values), frozen, 0, None
+    step, state, position = restored
+    info(f"resuming after step {step}")
+    return state, frozen, step, position
+
+
+def _report(
+    run: build.Run, train_set: data.Dataset, held_out_set: data.Dataset | None, num_steps: int
+) -> None:
+    """Says what is about to happen."""
+    cfg, policy = run.config, run.policy
+    trainable, frozen = tree.count(run.trainable), tree.count(run.frozen)
+    info(config.to_json(cfg).rstrip())
+    info(f"model: {run.checkpoint.name}, {trainable + frozen:,} parameters, {trainable:,} trained")
+    info(
+        f"computed in {policy.compute_dtype}, attention {policy.attention}, "
+        f"layers {policy.layers}, remat {policy.remat}, "
+        f"mesh {dict(run.mesh.shape)} of {run.mesh.devices.flat[0].platform}"
+    )
+    info(f"training data: {train_set.stats}")
+    if held_out_set is not None:
+        info(f"held-out data: {held_out_set.stats}")
+    rows = cfg.train.micro_batch_size * batch_shards(run.mesh)
+    info(
+        f"{num_steps} steps of {cfg.train.gradient_accumulation_steps} x {rows} rows "
+        f"of {cfg.data.max_seq_len} tokens; output in {cfg.train.output_dir}"
+    )
+
+
+def _mean_length(dataset: data.Dataset) -> float:
+    return dataset.stats.tokens / len(dataset.rows)
+
+
+def _every(step: int, interval: int) -> bool:
+    return interval > 0 and step % interval == 0
+
+
+def _enable_compilation_cache(folder: str) -> None:
+    """Keeps compiled programs between runs; JAX_COMPILATION_CACHE_DIR takes precedence."""
+    if folder and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(Path(folder).expanduser()))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def main() -> None:
+    """Reads the command line and trains."""
+    arguments = sys.argv[1:]
+    if "--help" in arguments or "-h" in arguments:
+        info(config.usage("jaxtune.train"))
+        return
+    train(config.parse_arguments(arguments))
+
+
+if __name__ == "__main__":
+    run_command(main)
