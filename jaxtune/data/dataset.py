@@ -145,7 +145,7 @@ def _split(
         return [], []
     if len(examples) < 2:
         raise DataError(
-            f"data.eval_fraction={fraction} cannot split {len(examples)} row - name data.eval files"
+            f"data.eval_fraction={fraction} cannot split one row - name data.eval files"
         )
     count = min(max(1, round(len(examples) * fraction)), len(examples) - 1)
     chosen = set(np.random.default_rng(seed).permutation(len(examples))[:count].tolist())

@@ -122,8 +122,10 @@ def _check_texts(messages: Sequence[Message], text: str) -> None:
 
 
 def _through_end_of_turn(text: str, span: Span, special: re.Pattern[str]) -> Span:
-    """Extends a marked span over the special token right behind it."""
+    """Extends a marked span over the special token right behind it, if it does not end in one."""
     start, end = span
+    if re.search(f"(?:{special.pattern})$", text[start:end].rstrip()):
+        return span
     behind = special.match(text, end)
     return start, behind.end() if behind else end
 

@@ -196,12 +196,23 @@ class Chat:
 
     def encode(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
         """Token ids [T] and character offsets [T, 2] of each text."""
-        batch = self.tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)
+        if not texts:
+            return []
+        batch = self.tokenizer(
+            list(texts),
+            add_special_tokens=False,
+            return_offsets_mapping=True,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )
         return [
             self._encode_wrapped(text)
             if WRAP_START in text
-            else (np.array(e.ids, np.int32), np.array(e.offsets, np.int32).reshape(-1, 2))
-            for text, e in zip(texts, batch, strict=True)
+            else (np.array(ids, np.int32), np.array(offsets, np.int32).reshape(-1, 2))
+            for text, ids, offsets in zip(
+                texts, batch["input_ids"], batch["offset_mapping"], strict=True
+            )
         ]
 
     def _encode_wrapped(self, text: str) -> tuple[np.ndarray, np.ndarray]:

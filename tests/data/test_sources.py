@@ -34,7 +34,17 @@ def lines(rows=ROWS, end="\n"):
         b"\xef\xbb\xbf\n " + json.dumps(ROWS).encode(),
         gzip.compress(json.dumps(ROWS).encode()),
     ],
-    ids=["lines", "no-final-newline", "crlf", "blank", "bom", "gz", "array", "bom-array", "gz-array"],
+    ids=[
+        "lines",
+        "no-final-newline",
+        "crlf",
+        "blank",
+        "bom",
+        "gz",
+        "array",
+        "bom-array",
+        "gz-array",
+    ],
 )
 def test_the_kind_is_read_from_the_content_not_the_name(tmp_path, content):
     path = tmp_path / "rows.parquet"
