@@ -4,7 +4,7 @@
     python tools/demo_data.py --check    exits 1 if the files differ from what would be written
 
 Everything follows from one seed, so the files are the same bytes on every machine. Held-out rows
-use names, towns and items of which no single word occurs in the training texts; `unseen_shares`
+use names, addresses and items of which no single word occurs in the training texts; `unseen_shares`
 measures how many, `check_rows` insists on a third.
 """
 
@@ -18,20 +18,20 @@ from pathlib import Path
 FOLDER = Path(__file__).resolve().parent.parent / "configs" / "data"
 SEED = 7
 TRAIN_ROWS, EVAL_ROWS = 300, 96
-UNSEEN = 0.65  # chance that a held-out name, town or item is made of held-out words
+UNSEEN = 0.65  # chance that a held-out name, address or item is made of held-out words
 NEW_PHRASES = 0.3  # chance that a held-out row is worded in a way that training never uses
 
-SYSTEM = "Turn the order into JSON: quantity, item, customer, city, day."
+SYSTEM = "Turn the order into JSON: quantity, item, customer, address, day."
 
+# Values begin with common words or digits: the first word follows a quote mark in the answer but a
+# space in the order, so a tokenizer splits a rare word differently in the two places, and a model
+# this small misspells what it cannot copy piece by piece. Later words may be as rare as one likes.
 FIRST_NAMES = """
-Mara Tomas Ingrid Kofi Leila Hugo Yuki Amara Stefan Priya Oscar Nadia Pavel Zainab Felix Rosa Emeka
-Greta Ravi Chloe Dmitri Aisha Lars Bianca Hassan Mei Jonas Fatima Marco Olga Kwame Sigrid Lucia
-Viktor Noor Pedro Hana Walter Imani Elias Petra Samir Freya Diego Akiko Boris Camila Farid Agnes
-Theo Salma Rafael Klara Omar Wanda Nikhil Helga Matteo Yara Bruno Linh Casper Dalia Ivan Esther
-Jamal Signe Carlos Tuva Arjun Monika Gustav Layla Enzo Marit Tariq Vera Milan Zora Hamid Beatriz
-Oleg Keiko Simon Asha Konrad Paloma Idris Tessa Renzo Mina Adnan Carmen Sven Thandi Louis Irina
-Rashid Nora Fabio Elin Malik Selma Otto Juno Gideon Maeve Silas Opal Winston Edgar Hazel
-Ruben Flora Clive Ada Ernest Ruth Basil Nell Cyrus Willa Magnus Ivy Dexter Fern Rufus Mabel
+Alice Bob John Ben Tim David Paul George Thomas Robert Mary Frank Sarah Charles Michael Henry Arthur
+Matthew Joseph Peter Richard Daniel Adam Martin Jack Luke Scott Louis Jeff Victor Jim Elizabeth
+Maria Andrew Kim Anne Greg Edward Ken Taylor Stephen Marie Lily Emily Jane Rose Leon Simon Jacob
+Anna Michel Chris Neil Jamie Josh Benny Nick Maya Ross Samuel Clark Sam Alex James William Tom Dan
+Max Lee Ray Carl Jean Bill Fred Phil Donald Jan Lewis Rob Ali Marc
 """.split()
 LAST_NAMES = """
 Okafor Lindgren Petrov Tanaka Moreau Silva Novak Haddad Keller Osei Rossi Nakamura Jansen Mensah
@@ -41,10 +41,10 @@ Yilmaz Zhou Almeida Bauer Costa Diallo Espinoza Ferrari Gomez Hansen Ito Jovanov
 Mazur Nwosu Olsen Pereira Ramos Schmidt Toure Usman Vega Walsh Xu Yeboah Ziegler Achebe Brandt
 Carvalho Dimitrov Engel Fonseca Garcia Horvat Ibrahim Juarez Kamau Lindberg Marchetti Ndiaye Oduya
 Popov Rosales Sokolov Torres Virtanen Winkler Zielinski Aydin Blanco Cardoso Dvorak Fuentes Grant
-Holm Kang Meyer Nunez Park Reyes Sato Thorne Vidal Wood Young Bergman Cruz Doyle Frost Hale
-Marsh Pike Reed Stone Tate Vance Wilde York Ashby Bishop Carver Drake Ellis Fisher Gray Hardy
+Holm Kang Meyer Nunez Park Reyes Sato Thorne Vidal Wood Young Bergman Cruz Doyle Frost Hale Marsh
+Pike Reed Tate Vance Wilde York Ashby Bishop Carver Drake Ellis Fisher Gray Hardy
 """.split()
-TOWNS = """
+ROADS = """
 Lisbon Oslo Nairobi Kyoto Quito Riga Porto Accra Bergen Cairo Delhi Geneva Havana Izmir Jakarta
 Krakow Lima Malmo Naples Osaka Prague Rabat Seville Tunis Utrecht Vienna Warsaw Zagreb Athens Bilbao
 Cork Dakar Essen Florence Gdansk Hanoi Ibadan Jena Kampala Leeds Madrid Nantes Odense Pisa Recife
@@ -55,40 +55,41 @@ Kazan Lyon Mombasa Nice Oxford Palermo Rotterdam Sofia Toledo Vilnius Winnipeg A
 Chicago Denver Glasgow Houston Kobe London Marseille Norwich Orlando Pretoria Rome Sydney Tokyo
 Vancouver Zanzibar Antwerp Boston Calgary Dublin Fukuoka Genoa Halifax Ipswich Kolkata Lund Munich
 """.split()
-MATERIALS = """
-brass copper oak wool silver paper glass velvet clay tin bamboo leather amber marble linen pine
-silk iron jade coral cotton walnut bronze wicker pearl steel cedar felt rubber red blue green
-yellow purple orange pink black white golden tiny giant round square striped spotted folding painted
-carved woven glowing musical antique wooden mossy frosted speckled hollow polished tartan checkered
-crystal plaid rainbow turquoise crimson scarlet indigo violet
+KINDS = """
+red blue green yellow purple orange black white brown gold paper glass clay tin iron metal plastic
+stone tiny round square woven amber pine big small large old new warm soft sweet simple dark light
+bright heavy thin thick flat long short tall wide double electric magnetic solar digital folded
+rolling flying floating hidden secret magic quiet fast slow smart modern classic plain printed
+broken wild winter summer travel baby mini smooth mixed canvas solid rare strong frozen cool clean
+pure happy ocean forest tropical arctic polar river
 """.split()
 GOODS = """
 lantern kettle compass teapot blanket drum kite mirror candle basket hammer ladder violin clock mug
-bucket pillow ribbon trumpet umbrella vase whistle anchor bell button cushion doll feather
-globe hat jar key lamp notebook oar pencil quilt ring saddle telescope urn wagon zither apron
-boot chair desk easel flute guitar helmet jug lute mask needle owl puppet rug spoon tent
-accordion bracelet cradle dinosaur envelope fountain goblet hammock jigsaw kimono locket magnet
-napkin ornament parrot rocket sundial tambourine unicorn windmill xylophone yoyo barrel cannon
+bucket pillow ribbon trumpet umbrella vase whistle anchor bell button cushion doll feather globe hat
+jar key lamp notebook oar pencil quilt ring saddle telescope urn wagon zither apron boot chair desk
+easel flute guitar helmet jug lute mask needle owl puppet rug spoon tent accordion bracelet cradle
+dinosaur envelope fountain goblet hammock jigsaw kimono locket magnet napkin ornament parrot rocket
+sundial tambourine unicorn windmill xylophone yoyo barrel cannon
 """.split()
 
 # Phrases; those after the bar are for held-out rows only.
 ORDERS = """
-Hello, please send {goods} to {city}. {when} Thanks, {name}
-Hi, could you ship {goods} to {city}? {when} {name}
-Good morning! I would like {goods} sent to {city}. {when} Best, {name}
-Dear shop, we need {goods} here in {city}. {when} Yours, {name}
-This is {name}. I want to order {goods}, delivery to {city}. {when}
-My name is {name} and I live in {city}. Can I get {goods}? {when}
-{name} from {city} wants {goods}. {when}
-Phone order: {name}, {city}, {goods}. {when}
-{goods} for {name}, to be shipped to {city}. {when}
-New order from {name}: {goods}, ship to {city}. {when}
-{when} Please put {goods} in the post to {city}. Regards, {name}
-{when} It is {name} in {city} again, this time for {goods}.
+Hello, please send {goods} to {address}. {when} Thanks, {name}
+Hi, could you ship {goods} to {address}? {when} {name}
+Good morning! I would like {goods} sent to {address}. {when} Best, {name}
+Dear shop, we need {goods} here at {address}. {when} Yours, {name}
+This is {name}. I want to order {goods}, delivery to {address}. {when}
+My name is {name} and I live at {address}. Can I get {goods}? {when}
+{name} of {address} wants {goods}. {when}
+Phone order: {name}, {address}, {goods}. {when}
+{goods} for {name}, to be shipped to {address}. {when}
+An order from {name}: {goods}, ship to {address}. {when}
+{when} Please put {goods} in the post to {address}. Regards, {name}
+{when} It is {name} from {address} again, this time for {goods}.
 |
-Greetings from {city}! Would you mail me {goods}? {when} Cheers, {name}
-Customer {name} asked for {goods}. The parcel goes to {city}. {when}
-{when} I am {name}, and my cousin in {city} would love {goods}.
+Greetings from {address}! Would you mail me {goods}? {when} Cheers, {name}
+Customer {name} asked for {goods}. The parcel goes to {address}. {when}
+{when} I am {name}, and my cousin at {address} would love {goods}.
 """
 WHEN = """
 It must arrive by {day}.
@@ -102,8 +103,9 @@ My birthday is {day}!
 No hurry, {day} will do.
 """
 DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
+STREETS = "Street Road Lane Avenue Way Hill".split()
 NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve".split()
-OPEN_FIELDS = ("item", "customer", "city")  # the others come from the closed sets above
+OPEN_FIELDS = ("item", "customer", "address")  # the others take a dozen values or fewer
 
 
 def words(text: str) -> set[str]:
@@ -117,8 +119,8 @@ class Lists:
     def __init__(self, rng: random.Random) -> None:
         self.seen: dict[str, list[str]] = {}
         self.new: dict[str, list[str]] = {}
-        values = {"first": FIRST_NAMES, "last": LAST_NAMES, "city": TOWNS}
-        for name, entries in (values | {"material": MATERIALS, "good": GOODS}).items():
+        values = {"first": FIRST_NAMES, "last": LAST_NAMES, "road": ROADS}
+        for name, entries in (values | {"kind": KINDS, "good": GOODS}).items():
             entries = rng.sample(entries, len(entries))
             cut = len(entries) * 7 // 10
             self.seen[name], self.new[name] = entries[:cut], entries[cut:]
@@ -135,13 +137,13 @@ def make_row(rng: random.Random, lists: Lists, held_out: bool) -> dict:
         return [rng.choice(source[name]) for name in names]
 
     quantity, day = rng.randint(1, 12), rng.choice(DAYS)
-    item = " ".join(pick(UNSEEN, "material", "good")) + ("s" if quantity > 1 else "")
+    item = " ".join(pick(UNSEEN, "kind", "good")) + ("s" if quantity > 1 else "")
     customer = " ".join(pick(UNSEEN, "first", "last"))
-    (city,) = pick(UNSEEN, "city")
+    address = " ".join([str(rng.randint(1, 99)), *pick(UNSEEN, "road"), rng.choice(STREETS)])
     order, when = pick(NEW_PHRASES, "order", "when")
     goods = rng.choice([str(quantity), NUMBERS[quantity]]) + " " + item
-    text = order.format(goods=goods, city=city, name=customer, when=when.format(day=day))
-    answer = dict(quantity=quantity, item=item, customer=customer, city=city, day=day)
+    text = order.format(goods=goods, address=address, name=customer, when=when.format(day=day))
+    answer = dict(quantity=quantity, item=item, customer=customer, address=address, day=day)
     return {
         "messages": [
             {"role": "system", "content": SYSTEM},
@@ -174,12 +176,13 @@ def make_rows() -> tuple[list[dict], list[dict]]:
 
 
 def unseen_shares(train: list[dict], held_out: list[dict]) -> dict[str, float]:
-    """Share of held-out values of which no word occurs in any training text.
+    """Share of held-out values of which no word but `STREETS` occurs in any training text.
 
     Returns one share for each of `OPEN_FIELDS`, and `all`, which counts the closed fields too.
     """
     seen = set().union(*(words(order_of(row)) for row in train))
     answers = [answer_of(row) for row in held_out]
+    seen -= words(" ".join(STREETS))
     new = {f: sum(not words(a[f]) & seen for a in answers) for f in OPEN_FIELDS}
     shares = {field: count / len(answers) for field, count in new.items()}
     return shares | {"all": sum(new.values()) / sum(len(a) for a in answers)}
