@@ -142,21 +142,26 @@ def load_weights(
 def _check_names(
     checkpoint: Checkpoint, weights: Sequence[Weight], targets: Mapping[str, Place]
 ) -> None:
-    known = {row.ours: row.hf for row in weights}
-    tied_head = known.get("lm_head.kernel")
     problems = [f"missing: {name}" for name in targets if name not in checkpoint.tensors]
     for name, info in checkpoint.tensors.items():
         if name in targets:
             if info.shape != targets[name].shape:
                 shapes = f"{list(info.shape)}, config.json asks for {list(targets[name].shape)}"
                 problems.append(f"wrong shape: {name} is {shapes}")
-        elif name != tied_head and not _HARMLESS.fullmatch(name):
+        elif not _is_surplus(checkpoint, weights, name):
             problems.append(f"unexpected: {name}")
     if problems:
         raise WeightError(
             f"{checkpoint.name}: {len(problems)} tensors do not fit its config.json - use weights "
             "and config.json of the same model:" + listing(problems, limit=len(problems))
         )
+
+
+def _is_surplus(checkpoint: Checkpoint, weights: Sequence[Weight], name: str) -> bool:
+    """Whether a stored tensor says nothing: an old buffer, or the copy of a tied head."""
+    heads = {row.hf for row in weights if row.ours == "lm_head.kernel"}
+    tied = checkpoint.config.get("tie_word_embeddings", False)
+    return bool(tied and name in heads or _HARMLESS.fullmatch(name))
 
 
 def _put(array: np.ndarray, sharding: Sharding | None) -> jax.Array:
@@ -223,7 +228,8 @@ def save_model(
 
     Args:
         folder: a new folder, or an earlier export, which is replaced.
-        params: our path -> array; LoRA adapters among them are merged, in float32.
+        params: our path -> array. LoRA adapters among them are merged, in float32; base parameters
+            that are not among them are copied from `checkpoint`, unrounded by any dtype in between.
         checkpoint: what was fine-tuned: its config, generation config and dtypes are taken over.
         weights: the family's table.
         stacks: number of layers in each stack.
@@ -237,18 +243,19 @@ def save_model(
         StorageError: the folder cannot be written.
         ConfigError: the folder holds other files, or lies inside the source.
     """
-    base = {path: leaf for path, leaf in params.items() if ".adapter." not in path}
-    targets = places(weights, base, stacks)
-    # Layer by layer, so that shards hold neighbours; what is outside the layers comes first.
-    layers = {name: -1 if place.layer is None else place.layer for name, place in targets.items()}
-    tensors = {}
-    for name in sorted(targets, key=layers.__getitem__):
-        chosen = dtype_from_name(dtype) if dtype else checkpoint.tensors[name].dtype
-        tensors[name] = TensorInfo(targets[name].shape, chosen)
+    targets = places(weights, _changed(params), stacks)
+    tensors = {
+        name: TensorInfo(info.shape, dtype_from_name(dtype) if dtype else info.dtype)
+        for name, info in checkpoint.tensors.items()
+        if name in targets or not _is_surplus(checkpoint, weights, name)
+    }
+    assert targets.keys() <= tensors.keys(), "params are not of this checkpoint"
 
     def read(name: str) -> np.ndarray:
+        if name not in targets:
+            return _narrow(name, checkpoint.read(name), tensors[name].dtype)
         place = targets[name]
-        array = _merged(params, place)
+        array = _merged(params, place, checkpoint, name)
         return place.change.to_hf(_narrow(name, array, tensors[name].dtype))
 
     note = {"kind": "model", "base": checkpoint.name, **(record or {})}
@@ -261,17 +268,34 @@ def save_model(
         write_json(temporary / "config.json", _config(checkpoint, dtype))
 
 
-def _merged(params: Mapping[str, Any], place: Place) -> np.ndarray:
+def _changed(params: Mapping[str, Any]) -> dict[str, Any]:
+    """The base parameters that training changed: path -> anything with `.shape`."""
+    changed = {path: leaf for path, leaf in params.items() if ".adapter." not in path}
+    for path, a in params.items():
+        if path.endswith(".adapter.a"):
+            module = path.removesuffix(".adapter.a")
+            shape = (*a.shape[:-1], params[f"{module}.adapter.b"].shape[-1])
+            changed.setdefault(f"{module}.kernel", jax.ShapeDtypeStruct(shape, a.dtype))
+    return changed
+
+
+def _merged(
+    params: Mapping[str, Any], place: Place, checkpoint: Checkpoint, name: str
+) -> np.ndarray:
     """One layer's array on the host, its adapter's product added if it has one."""
 
     def host(path: str) -> np.ndarray:
         return np.asarray(params[path] if place.index is None else params[path][place.index])
 
+    in_params = place.path in params
+    array = host(place.path) if in_params else place.change.to_ours(checkpoint.read(name))
     slot = place.path.removesuffix("kernel") + "adapter."
     if not place.path.endswith(".kernel") or slot + "a" not in params:
-        return host(place.path)
-    product = lora.delta(host(slot + "a"), host(slot + "b"), float(host(slot + "scale")))
-    return host(place.path).astype(np.float32) + product
+        return array
+    scale = float(host(slot + "scale"))
+    if scale == 0.0:  # a layer of the stack that is not adapted
+        return array
+    return array.astype(np.float32) + lora.delta(host(slot + "a"), host(slot + "b"), scale)
 
 
 def _narrow(name: str, array: np.ndarray, dtype: np.dtype) -> np.ndarray:

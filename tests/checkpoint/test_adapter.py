@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
@@ -324,6 +325,38 @@ def test_import_from_peft(
     assert set(before) == set(after)
     for key in before:
         np.testing.assert_array_equal(read_tensor(before[key]), read_tensor(after[key]))
+
+
+@pytest.mark.parametrize("layers", LAYOUTS)
+def test_merging_copies_the_base_from_its_files(tmp_path: Path, layers: str, describe: Callable):
+    targets = Targets(include=("q_proj", "lm_head"), layers=())
+    adapted = Adapted(describe, layers, targets, CONFIG)
+    model, tiny = adapted.model, adapted.checkpoint
+    rounded = load_weights(
+        tiny,
+        model.weights,
+        {
+            path: jax.ShapeDtypeStruct(leaf.shape, "bfloat16")
+            for path, leaf in model.abstract.items()
+        },
+        model.stacks,
+    )
+    save_model(tmp_path / "files", adapted.params, tiny, model.weights, model.stacks)
+    everything = rounded | adapted.params
+    save_model(tmp_path / "arrays", everything, tiny, model.weights, model.stacks)
+    exact, lossy = (open_checkpoint(str(tmp_path / name)) for name in ("files", "arrays"))
+    assert set(exact.tensors) == set(lossy.tensors) == set(tiny.tensors)
+    for name in tiny.tensors:
+        difference = exact.read(name) - tiny.read(name)
+        if name == "lm_head.weight" or name.endswith("q_proj.weight"):
+            assert np.abs(difference).max() > 0.1
+        else:
+            assert not difference.any()
+        np.testing.assert_allclose(exact.read(name), lossy.read(name), atol=0.01)
+    assert (
+        exact.read("model.embed_tokens.weight").tolist()
+        != lossy.read("model.embed_tokens.weight").tolist()
+    )
 
 
 @pytest.mark.filterwarnings("ignore")
