@@ -139,13 +139,14 @@ def imported_packages() -> dict[str, set[str]]:
     return {k: v for k, v in found.items() if k not in sys.stdlib_module_names | {"jaxtune"}}
 
 
-def test_imports_are_declared_dependencies():
+def test_imports_and_dependencies_are_the_same():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    declared = {re.match(r"[\w-]+", line)[0].lower() for line in project["dependencies"]}
-    distribution = {"orbax": "orbax-checkpoint", "absl": "absl-py", "google": "protobuf"}
-    undeclared = {
-        name: files
-        for name, files in imported_packages().items()
-        if distribution.get(name, name.replace("_", "-")).lower() not in declared
+    declared = {re.split(r"[>=\[]", line)[0].lower() for line in project["dependencies"]}
+    names = {"orbax": "orbax-checkpoint"}
+    imported = {
+        names.get(k, k.replace("_", "-")).lower(): v for k, v in imported_packages().items()
     }
+    undeclared = {name: files for name, files in imported.items() if name not in declared}
     assert not undeclared
+    optional_for_transformers = {"protobuf", "sentencepiece"}
+    assert declared - set(imported) == optional_for_transformers
