@@ -1,0 +1,170 @@
+"""The export command: a run's checkpoint as Hugging Face files.
+
+python -m jaxtune.export --run=runs/demo --to=adapter --out=exports/adapter
+python -m jaxtune.export --run=runs/demo --to=merged --out=exports/model --dtype=bfloat16
+
+The run's config.json names the base model, which must still be where it was. A merged model takes
+untrained weights straight from the base's files, so it is exact whatever dtype training used.
+"""
+
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+import jax
+
+from jaxtune import build, config, data, optim
+from jaxtune.checkpoint import meta
+from jaxtune.checkpoint.source import open_checkpoint
+from jaxtune.checkpoint.store import Store
+from jaxtune.errors import ConfigError, WeightError, run_command
+from jaxtune.exports import write_adapter, write_merged
+from jaxtune.log import info
+from jaxtune.schema import RunConfig
+from jaxtune.sharding.mesh import make_mesh
+from jaxtune.tree import Params
+
+TARGETS = ("adapter", "merged", "both")
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def export(
+    run_folder: Path,
+    out: Path,
+    *,
+    to: str = "adapter",
+    step: int | None = None,
+    dtype: str | None = None,
+    max_shard_gb: float = 5.0,
+) -> dict[str, Path]:
+    """Writes a finished or interrupted run's weights as Hugging Face folders.
+
+    Args:
+        run_folder: train.output_dir of the run.
+        out: a new folder, or an earlier export, which is replaced.
+        to: "adapter" (PEFT), "merged" (whole model), or "both" (out/adapter and out/merged).
+        step: of the checkpoint; None: the newest good one.
+        dtype: of a merged model; None: that of the base's files.
+        max_shard_gb: size at which a merged model's next file is begun, in 10^9 bytes.
+
+    Returns:
+        The folders written, by what they are.
+
+    Raises:
+        ConfigError: not a run's folder, or there is no adapter to export.
+        WeightError: no usable checkpoint, or the base model is gone or differs.
+        StorageError: `out` cannot be written.
+    """
+    cfg = _read_config(run_folder)
+    if cfg.peft.method == "full" and to != "merged":
+        raise ConfigError(f"{run_folder} trained the whole model - use --to=merged")
+    run, params = _restore(cfg, run_folder / "checkpoints", step)
+    paths = {}
+    if to in ("adapter", "both"):
+        paths["adapter"] = out / "adapter" if to == "both" else out
+        write_adapter(run, params, paths["adapter"])
+    if to in ("merged", "both"):
+        paths["merged"] = out / "merged" if to == "both" else out
+        tokenizer = data.load_tokenizer(
+            cfg.model.tokenizer or _own_tokenizer(run), template=cfg.data.template
+        )
+        size = int(max_shard_gb * 1e9)
+        write_merged(run, params, tokenizer, paths["merged"], dtype=dtype, max_shard_bytes=size)
+    return paths
+
+
+def _read_config(run_folder: Path) -> RunConfig:
+    path = run_folder / "config.json"
+    if not path.is_file() or not (run_folder / "checkpoints").is_dir():
+        raise ConfigError(
+            f"--run={run_folder} is not a run's folder (config.json and checkpoints/) - "
+            "give its train.output_dir"
+        )
+    return config.from_json(path.read_text("utf-8"))
+
+
+def _restore(cfg: RunConfig, folder: Path, step: int | None) -> tuple[build.Run, Params]:
+    """The run's description on this machine's devices, and what it trained."""
+    store = Store(folder, verify=cfg.checkpoint.verify)
+    try:
+        steps = store.steps()
+        if not steps:
+            raise WeightError(f"no checkpoint in {folder} - let the run save one first")
+        # The layout of layers is part of the checkpoint; "auto" may mean another one here.
+        layers = _layout(folder / str(steps[-1]))
+        cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, layers=layers))
+        mesh = make_mesh({"data": 1, "fsdp": -1, "tensor": 1})
+        run = build.describe(cfg, mesh, open_checkpoint(cfg.model.path, cfg.model.revision))
+        schedule = optim.make_schedule(cfg.optim, cfg.train.num_steps or 1)
+        tx = optim.make_optimizer(cfg.optim, schedule, build.decayed(run))
+        restored = store.restore(step, build.abstract_state(run, tx))
+    finally:
+        store.close()
+    assert restored is not None  # there are steps, and damaged ones raise
+    found, state, _ = restored
+    info(f"exporting step {found} of {folder.parent}")
+    return run, build.fill_adapter(run) | state.trainable
+
+
+def _layout(step_folder: Path) -> str:
+    try:
+        arrays = meta.read(step_folder).arrays
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise WeightError(
+            f"{step_folder / meta.NAME} is damaged ({error}) - choose another step with --step"
+        ) from error
+    return "unroll" if any("layers.1." in name for name in arrays) else "scan"
+
+
+def _own_tokenizer(run: build.Run) -> str:
+    name = run.checkpoint.name
+    return name if name.startswith("tiny:") else str(run.checkpoint.root)
+
+
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
+    """Reads the command line; ConfigError for what it does not understand."""
+    parser = argparse.ArgumentParser(
+        prog="python -m jaxtune.export",
+        description="Writes a run's weights as Hugging Face files.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--run", type=Path, required=True, help="train.output_dir of the run")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument("--to", choices=TARGETS, default="adapter", help="what to write")
+    parser.add_argument("--step", type=int, help="checkpoint step; default: the newest good one")
+    parser.add_argument("--dtype", choices=DTYPES, help="of a merged model; default: the base's")
+    parser.add_argument(
+        "--max_shard_gb", type=float, default=5.0, help="a merged model's largest file (default 5)"
+    )
+
+    def fail(message: str) -> NoReturn:
+        raise ConfigError(f"{message} - see python -m jaxtune.export --help")
+
+    parser.error = fail
+    arguments = parser.parse_args(argv)
+    if not 0 < arguments.max_shard_gb < float("inf"):
+        raise ConfigError(f"--max_shard_gb={arguments.max_shard_gb:g} must be above 0")
+    return arguments
+
+
+def main() -> None:
+    """Reads the command line and exports."""
+    arguments = parse_arguments(sys.argv[1:])
+    # Nothing is computed that needs an accelerator, which may be busy with the run itself.
+    jax.config.update("jax_platforms", "cpu")
+    paths = export(
+        arguments.run,
+        arguments.out,
+        to=arguments.to,
+        step=arguments.step,
+        dtype=arguments.dtype,
+        max_shard_gb=arguments.max_shard_gb,
+    )
+    for what, path in paths.items():
+        info(f"{what}: {path}")
+
+
+if __name__ == "__main__":
+    run_command(main)
