@@ -123,26 +123,25 @@ def test_links_lead_somewhere(page: Path):
 
 
 def test_own_data_commands_of_the_readme_run(tmp_path: Path):
-    (command,) = [
-        c for c in commands(ROOT / "README.md") if "--config.data.train=my_data.jsonl" in c
-    ]
+    steps = [c for c in commands(ROOT / "README.md") if c[:2] == ["python", "-m"]]
+    assert [step[2] for step in steps] == ["jaxtune.train", "jaxtune.export"]
+    steps[0] += ["--config.data.max_seq_len=64", "--config.eval.max_new_tokens=4"]
+    steps[0] += ["--config.train.compilation_cache="]
     row = blocks(ROOT / "README.md", "json")[0].splitlines()[0]
     (tmp_path / "my_data.jsonl").write_text(f"{row}\n" * 20)
-    arguments = [
-        word.replace("my-model", "tiny:llama").replace("configs/", f"{ROOT}/configs/")
-        for word in command[1:]
-    ]
-    small = ["--config.data.max_seq_len=64", "--config.eval.max_new_tokens=4"]
-    small += ["--config.train.compilation_cache="]
-    one_device = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    run = subprocess.run(
-        [sys.executable, *arguments, *small],
-        cwd=tmp_path,
-        env=one_device,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    for step in steps:
+        words = [w.replace("=my-model", "=tiny:llama") for w in step[1:]]
+        run = subprocess.run(
+            [sys.executable, *(w.replace("=configs/", f"={ROOT}/configs/") for w in words)],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert run.returncode == 0, run.stderr
     written = {path.name for path in (tmp_path / "runs" / "mine").iterdir()}
-    assert {"config.json", "metrics.jsonl", "checkpoints", "adapter", "loss.png"} <= written
+    named = {"adapter", "loss.png", "samples.jsonl"}
+    assert named | {"config.json", "metrics.jsonl", "checkpoints"} <= written
+    assert (tmp_path / "my-tuned-model" / "model.safetensors").is_file()
