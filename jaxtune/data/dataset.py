@@ -2,7 +2,7 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 COUNTED = ("truncated", "dropped", "untrained", "split", "unended")  # fields of Stats
+BATCH = 512  # examples tokenized together
 # The options that change what a row of the training data is; a change of one is a change of data.
 ROW_OPTIONS = ("format", "max_seq_len", "packing", "train_on", "overlong", "shuffle")
 
@@ -167,7 +168,7 @@ def _tokenize(
     kept: list[Example] = []
     counts: dict[str, int] = dict.fromkeys(COUNTED, 0)
     too_long: list[str] = []
-    for example, made in zip(examples, rows_of(chat, examples, cfg.train_on), strict=True):
+    for example, made in _tokenized(examples, chat, cfg.train_on):
         if isinstance(made, RowError):
             bad.append(BadRow(example.origin, made.field, made.reason))
             continue
@@ -201,6 +202,15 @@ def _tokenize(
         raise DataError(f"{', '.join(paths)}: no usable row{_why_none(stats)}")
     _check_vocabulary(rows, chat, vocab_size)
     return Dataset(rows, kept, _fingerprint(rows, paths, cfg), stats)
+
+
+def _tokenized(
+    examples: list[Example], chat: Chat, train_on: str
+) -> Iterator[tuple[Example, list[TokenRow] | RowError]]:
+    """Tokenizes in batches, since the offsets of a batch take far more memory than its ids."""
+    for first in range(0, len(examples), BATCH):
+        some = examples[first : first + BATCH]
+        yield from zip(some, rows_of(chat, some, train_on), strict=True)
 
 
 def _fit(row: TokenRow, cfg: Data, counts: dict[str, int]) -> TokenRow | None:

@@ -86,17 +86,18 @@ def _from_gguf(path: Path) -> "PreTrainedTokenizerFast":
 
 
 def _from_pretrained(path: str, revision: str | None) -> "PreTrainedTokenizerFast":
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
     folder = Path(path).expanduser()
     is_folder = folder.is_dir()
-    # AutoTokenizer chooses its class by config.json; a folder of tokenizer files alone has none.
-    bare = is_folder and not (folder / "config.json").exists()
-    loader: Any = PreTrainedTokenizerFast if bare else AutoTokenizer
     try:
-        tokenizer = loader.from_pretrained(
+        # tokenizer.json says everything; AutoTokenizer imports models (and torch, where it is
+        # installed) only to find a class for it, so it is left to folders without that file.
+        if (folder / "tokenizer.json").is_file():
+            from transformers import PreTrainedTokenizerFast as Loader
+        else:
+            from transformers import AutoTokenizer as Loader
+        tokenizer: Any = Loader.from_pretrained(
             str(folder) if is_folder else path,
-            revision=revision,
+            revision=revision or "main",
             trust_remote_code=False,
             local_files_only=is_folder,
         )
@@ -159,6 +160,7 @@ class Chat:
     tokenizer: "PreTrainedTokenizerFast"
     template: str
     special: re.Pattern[str]
+    special_ids: dict[str, int]
     has_markers: bool
     variables: dict[str, Any]
 
@@ -183,7 +185,8 @@ class Chat:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         try:
-            texts, spans = render_jinja_template(
+            # Its annotations promise one text; it returns lists of texts and of spans.
+            rendered: Any = render_jinja_template(
                 conversations=[[m._asdict() for m in messages]],
                 chat_template=self.template,
                 return_assistant_tokens_mask=self.has_markers,
@@ -192,6 +195,7 @@ class Chat:
             )
         except (TemplateError, TypeError, ValueError, MemoryError) as error:
             raise RowError("", f"the chat template refuses it: {error}") from error
+        texts, spans = rendered
         return texts[0], spans[0] if self.has_markers else []
 
     def encode(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -234,7 +238,7 @@ class Chat:
                 offsets += [(places[s], places[max(e - 1, s)] + (e > s)) for s, e in plain.offsets]
                 characters, places = [], []
             if is_special:
-                ids.append(self.tokenizer.convert_tokens_to_ids(piece))
+                ids.append(self.special_ids[piece])
                 offsets.append((place, place + len(piece)))
             else:
                 kept = [(c, at) for at, c in enumerate(piece, place) if c not in WRAPS]
@@ -245,11 +249,7 @@ class Chat:
 
     def is_ended(self, row: TokenRow) -> bool:
         """Whether the last learnt token is one that ends an answer."""
-        return self.is_special(int(row.tokens[np.flatnonzero(row.trained)[-1]]))
-
-    def is_special(self, token_id: int) -> bool:
-        text = self.tokenizer.convert_ids_to_tokens(token_id)
-        return self.special.fullmatch(text) is not None
+        return int(row.tokens[row.trained][-1]) in self.special_ids.values()
 
 
 def chat_of(tokenizer: "PreTrainedTokenizerFast") -> Chat:
@@ -268,12 +268,14 @@ def chat_of(tokenizer: "PreTrainedTokenizerFast") -> Chat:
 
 @functools.lru_cache(maxsize=8)
 def _checked_chat(tokenizer: "PreTrainedTokenizerFast", template: str) -> Chat:
-    added = tokenizer.added_tokens_decoder.values()
-    special = sorted((t.content for t in added if t.special), key=len, reverse=True)
+    added = tokenizer.added_tokens_decoder.items()
+    special_ids = {token.content: index for index, token in added if token.special}
+    longest_first = sorted(special_ids, key=len, reverse=True)
     chat = Chat(
         tokenizer=tokenizer,
         template=template,
-        special=re.compile("|".join(map(re.escape, special)) or "(?!)"),
+        special=re.compile("|".join(map(re.escape, longest_first)) or "(?!)"),
+        special_ids=special_ids,
         has_markers=re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None,
         variables=dict(tokenizer.special_tokens_map),
     )
@@ -361,12 +363,13 @@ def split_answer(example: Example) -> tuple[tuple[Message, ...], str]:
 
 def stop_ids(tokenizer: "PreTrainedTokenizerFast") -> tuple[int, ...]:
     """Tokens that end an answer: EOS, and what the chat template puts after an answer."""
-    stops = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
+    eos: Any = tokenizer.eos_token_id
+    stops = [] if eos is None else [int(eos)]
     if tokenizer.chat_template is not None:
         chat = chat_of(tokenizer)
         rows = rows_of(chat, [PROBE], "answers")[0]
         assert not isinstance(rows, RowError)  # chat_of has just rendered it
         last = int(rows[-1].tokens[rows[-1].trained][-1])
-        if chat.is_special(last) and last not in stops:
+        if chat.is_ended(rows[-1]) and last not in stops:
             stops.append(last)
     return tuple(stops)
