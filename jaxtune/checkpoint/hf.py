@@ -31,7 +31,7 @@ _HARMLESS = re.compile(r"(.*\.)?rotary_emb\.inv_freq")
 class Tokenizer(Protocol):
     """What an export needs of a tokenizer."""
 
-    def save_pretrained(self, folder: str) -> Any:
+    def save_pretrained(self, folder: str, /) -> Any:
         """Writes the tokenizer's files, chat template included."""
 
 

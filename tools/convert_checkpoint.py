@@ -1,0 +1,164 @@
+"""Converts models between Hugging Face files (or GGUF) and orbax, and looks into them.
+
+python tools/convert_checkpoint.py to_orbax MODEL FOLDER   MODEL as for config.model.path
+python tools/convert_checkpoint.py to_hf FOLDER OUT        FOLDER as written by to_orbax;
+                                   [--dtype=float32|bfloat16|float16] [--max_shard_gb=5]
+python tools/convert_checkpoint.py inspect MODEL           config, tensors, bytes by dtype
+
+An orbax folder holds `params/` (our parameters by dotted path, layers stacked), `source.json` (the
+Hugging Face config and the dtype of each tensor) and `tokenizer/`. There and back is bitwise equal.
+"""
+
+import argparse
+import collections
+import json
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from flax import nnx
+
+from jaxtune import data, models, tree
+from jaxtune.checkpoint.folder import replace_folder
+from jaxtune.checkpoint.hf import Place, load_weights, places, save_model, write_json
+from jaxtune.checkpoint.source import open_checkpoint
+from jaxtune.checkpoint.tensors import Checkpoint, TensorInfo, dtype_from_name
+from jaxtune.errors import ConfigError, WeightError, run_command
+from jaxtune.log import every_few_seconds, info, warn
+from jaxtune.nn.params import Policy
+
+
+def to_orbax(name: str, folder: Path) -> None:
+    """Reads a model and writes it as an orbax checkpoint with stacked layers."""
+    checkpoint = open_checkpoint(name)
+    family, abstract, stacks = _describe(checkpoint)
+    targets = places(family.WEIGHTS, abstract, stacks)
+    for path, leaf in abstract.items():
+        abstract[path] = jax.ShapeDtypeStruct(leaf.shape, _stored_dtype(checkpoint, targets, path))
+    report = every_few_seconds("reading")
+    params = load_weights(checkpoint, family.WEIGHTS, abstract, stacks, progress=report)
+    kept = {key: checkpoint.tensors[key] for key in targets}
+    source = {
+        "name": checkpoint.name,
+        "config": checkpoint.config,
+        "generation_config": checkpoint.generation_config,
+        "tensors": {key: [list(kept[key].shape), kept[key].dtype.name] for key in kept},
+    }
+    own = name if name.startswith("tiny:") else str(checkpoint.root)
+    with replace_folder(folder, {"kind": "orbax", "base": name}, source=checkpoint.root) as new:
+        with ocp.StandardCheckpointer() as writer:
+            writer.save(new.resolve() / "params", params)
+        write_json(new / "source.json", source)
+        try:
+            data.load_tokenizer(own).save_pretrained(str(new / "tokenizer"))
+        except WeightError as error:
+            warn(f"without tokenizer: {error}")
+
+
+def _describe(checkpoint: Checkpoint) -> tuple[Any, dict[str, Any], tuple[int, ...]]:
+    """The family's module, shape of each parameter, and the stacks of layers (one)."""
+    family = models.family(checkpoint.config.get("model_type"))
+    config = family.Config.from_hf(checkpoint.config)
+    policy = Policy(layers="scan")
+    skeleton = tree.describe(lambda: family.build(config, policy, nnx.Rngs(0)))
+    return family, skeleton.abstract(), (config.num_layers,)
+
+
+def _stored_dtype(checkpoint: Checkpoint, targets: dict[str, Place], path: str) -> np.dtype:
+    """The dtype that the files have for a parameter; float32 where its layers differ."""
+    names = [name for name, place in targets.items() if place.path == path]
+    dtypes = {checkpoint.tensors[name].dtype for name in names if name in checkpoint.tensors}
+    return dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
+
+
+def to_hf(folder: Path, out: Path, dtype: str | None, max_shard_gb: float) -> None:
+    """Writes an orbax checkpoint of `to_orbax` as a Hugging Face folder."""
+    checkpoint = _open_orbax(folder)
+    family, abstract, stacks = _describe(checkpoint)
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    with ocp.StandardCheckpointer() as reader:
+        path = folder.resolve() / "params"
+        stored = reader.metadata(path).item_metadata
+        target = {
+            name: jax.ShapeDtypeStruct(leaf.shape, stored[name].dtype, sharding=device)
+            for name, leaf in abstract.items()
+        }
+        params = reader.restore(path, target)
+    tokenizer = folder / "tokenizer"
+    save_model(
+        out,
+        params,
+        checkpoint,
+        family.WEIGHTS,
+        stacks,
+        tokenizer=data.load_tokenizer(str(tokenizer)) if tokenizer.exists() else None,
+        dtype=dtype,
+        max_shard_bytes=int(max_shard_gb * 1e9),
+    )
+
+
+def _open_orbax(folder: Path) -> Checkpoint:
+    """What `to_orbax` noted of the model it read; the tensors themselves are in `params/`."""
+    try:
+        source = json.loads((folder / "source.json").read_text("utf-8"))
+        tensors = {
+            name: TensorInfo(tuple(shape), dtype_from_name(dtype))
+            for name, (shape, dtype) in source["tensors"].items()
+        }
+        config, generation = source["config"], source["generation_config"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise WeightError(f"{folder} was not written by to_orbax ({error})") from error
+
+    def read(name: str) -> NoReturn:
+        raise WeightError(f"{folder} holds no {name} - convert the model again")
+
+    return Checkpoint(source["name"], folder, config, generation, tensors, read)
+
+
+def inspect(name: str) -> None:
+    """Prints what a model is, without reading its tensors."""
+    checkpoint = open_checkpoint(name)
+    for key, value in sorted(checkpoint.config.items()):
+        info(f"{key}: {value}")
+    dtypes: collections.Counter[str] = collections.Counter()
+    for tensor, stored in checkpoint.tensors.items():
+        info(f"{tensor}  {stored.dtype.name}{list(stored.shape)}")
+        dtypes[stored.dtype.name] += stored.nbytes
+    for dtype, size in dtypes.items():
+        info(f"{dtype}: {size / 1e6:.1f} MB")
+
+
+def main() -> None:
+    """Reads the command line and converts."""
+    parser = argparse.ArgumentParser(prog="convert_checkpoint.py", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    verb = verbs.add_parser("to_orbax")
+    verb.add_argument("model")
+    verb.add_argument("folder", type=Path)
+    verb = verbs.add_parser("to_hf")
+    verb.add_argument("folder", type=Path)
+    verb.add_argument("out", type=Path)
+    verb.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
+    verb.add_argument("--max_shard_gb", type=float, default=5.0)
+    verb = verbs.add_parser("inspect")
+    verb.add_argument("model")
+
+    def fail(message: str) -> NoReturn:
+        raise ConfigError(f"{message} - see --help")
+
+    parser.error = fail
+    arguments = parser.parse_args(sys.argv[1:])
+    if arguments.verb == "to_orbax":
+        to_orbax(arguments.model, arguments.folder)
+    elif arguments.verb == "to_hf":
+        to_hf(arguments.folder, arguments.out, arguments.dtype, arguments.max_shard_gb)
+    else:
+        inspect(arguments.model)
+
+
+if __name__ == "__main__":
+    run_command(main)
