@@ -284,8 +284,8 @@ class Store:
             target = {name: _placed(leaf) for name, leaf in abstract.items()}
             arrays = self._checkpointer.restore(path / STATE, args=ocp.args.StandardRestore(target))
         except Exception as error:  # six types for damaged files alone
-            if self._verify == "full":
-                raise  # every byte is as it was written: not damage
+            if self._verify == "full" and path.exists():
+                raise  # every byte is as it was written: not damage, and not pruned meanwhile
             raise _Damaged(f"{STATE}: {type(error).__name__}: {_cause(error)}") from error
         leaves = [arrays[name] for name in abstract]
         return jax.tree.unflatten(jax.tree.structure(abstract_state), leaves), saved.position
