@@ -16,6 +16,7 @@ GENERATOR = ROOT / "tools" / "demo_data.py"
 def demo():
     """The generator as a module."""
     spec = importlib.util.spec_from_file_location("demo_data", GENERATOR)
+    assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -32,7 +32,7 @@ Matthew Joseph Peter Richard Daniel Adam Martin Jack Luke Scott Louis Jeff Victo
 Maria Andrew Kim Anne Greg Edward Ken Taylor Stephen Marie Lily Emily Jane Rose Leon Simon Jacob
 Anna Michel Chris Neil Jamie Josh Benny Nick Maya Ross Samuel Clark Sam Alex James William Tom Dan
 Max Lee Ray Carl Jean Bill Fred Phil Donald Jan Lewis Rob Ali Marc
-""".split()
+"""
 LAST_NAMES = """
 Okafor Lindgren Petrov Tanaka Moreau Silva Novak Haddad Keller Osei Rossi Nakamura Jansen Mensah
 Kowalski Duarte Fischer Iyer Larsen Castillo Weber Abebe Romano Chen Dubois Eriksen Farouk Gupta
@@ -43,7 +43,7 @@ Carvalho Dimitrov Engel Fonseca Garcia Horvat Ibrahim Juarez Kamau Lindberg Marc
 Popov Rosales Sokolov Torres Virtanen Winkler Zielinski Aydin Blanco Cardoso Dvorak Fuentes Grant
 Holm Kang Meyer Nunez Park Reyes Sato Thorne Vidal Wood Young Bergman Cruz Doyle Frost Hale Marsh
 Pike Reed Tate Vance Wilde York Ashby Bishop Carver Drake Ellis Fisher Gray Hardy
-""".split()
+"""
 ROADS = """
 Lisbon Oslo Nairobi Kyoto Quito Riga Porto Accra Bergen Cairo Delhi Geneva Havana Izmir Jakarta
 Krakow Lima Malmo Naples Osaka Prague Rabat Seville Tunis Utrecht Vienna Warsaw Zagreb Athens Bilbao
@@ -54,7 +54,7 @@ Ulm Verona Wellington Almaty Bristol Cardiff Dresden Edinburgh Freiburg Granada 
 Kazan Lyon Mombasa Nice Oxford Palermo Rotterdam Sofia Toledo Vilnius Winnipeg Adelaide Brussels
 Chicago Denver Glasgow Houston Kobe London Marseille Norwich Orlando Pretoria Rome Sydney Tokyo
 Vancouver Zanzibar Antwerp Boston Calgary Dublin Fukuoka Genoa Halifax Ipswich Kolkata Lund Munich
-""".split()
+"""
 KINDS = """
 red blue green yellow purple orange black white brown gold paper glass clay tin iron metal plastic
 stone tiny round square woven amber pine big small large old new warm soft sweet simple dark light
@@ -62,7 +62,7 @@ bright heavy thin thick flat long short tall wide double electric magnetic solar
 rolling flying floating hidden secret magic quiet fast slow smart modern classic plain printed
 broken wild winter summer travel baby mini smooth mixed canvas solid rare strong frozen cool clean
 pure happy ocean forest tropical arctic polar river
-""".split()
+"""
 GOODS = """
 lantern kettle compass teapot blanket drum kite mirror candle basket hammer ladder violin clock mug
 bucket pillow ribbon trumpet umbrella vase whistle anchor bell button cushion doll feather globe hat
@@ -70,7 +70,7 @@ jar key lamp notebook oar pencil quilt ring saddle telescope urn wagon zither ap
 easel flute guitar helmet jug lute mask needle owl puppet rug spoon tent accordion bracelet cradle
 dinosaur envelope fountain goblet hammock jigsaw kimono locket magnet napkin ornament parrot rocket
 sundial tambourine unicorn windmill xylophone yoyo barrel cannon
-""".split()
+"""
 
 # Phrases; those after the bar are for held-out rows only.
 ORDERS = """
@@ -119,12 +119,14 @@ class Lists:
     def __init__(self, rng: random.Random) -> None:
         self.seen: dict[str, list[str]] = {}
         self.new: dict[str, list[str]] = {}
-        values = {"first": FIRST_NAMES, "last": LAST_NAMES, "road": ROADS}
-        for name, entries in (values | {"kind": KINDS, "good": GOODS}).items():
-            entries = rng.sample(entries, len(entries))
+        values: dict[str, str] = {"first": FIRST_NAMES, "last": LAST_NAMES, "road": ROADS}
+        for name, block in (values | {"kind": KINDS, "good": GOODS}).items():
+            entries = block.split()
+            rng.shuffle(entries)
             cut = len(entries) * 7 // 10
             self.seen[name], self.new[name] = entries[:cut], entries[cut:]
-        for name, block in {"order": ORDERS, "when": WHEN}.items():
+        phrases: dict[str, str] = {"order": ORDERS, "when": WHEN}
+        for name, block in phrases.items():
             seen, new = block.strip().split("\n|\n")
             self.seen[name], self.new[name] = seen.split("\n"), new.split("\n")
 
@@ -201,7 +203,7 @@ def check_rows(train: list[dict], held_out: list[dict]) -> None:
 
 def main() -> None:
     """Writes or checks the two files and prints what they hold."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Writes the demo's data.")
     parser.add_argument(
         "--check", action="store_true", help="compare with the files; write nothing"
     )
