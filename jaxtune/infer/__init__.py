@@ -1,0 +1,11 @@
+"""Generation: prompts in, answers out, for loaded models and for a training run's live weights.
+
+load(path, ...)             a model on disk with its tokenizer: logits, generate
+generate(skeleton, ...)     token ids -> token ids, with parameters given as a flat dictionary
+make_sampling(...)          temperature, top-k, top-p, repetition penalty, checked
+"""
+
+from jaxtune.infer.engine import generate
+from jaxtune.infer.sampling import Sampling, make_sampling
+
+__all__ = ["Sampling", "generate", "make_sampling"]
