@@ -1,0 +1,110 @@
+"""Random tiny Llamas that transformers and jaxtune compute alike, and how to compare results."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax import nnx
+
+from jaxtune import models, tree
+from jaxtune.checkpoint.hf import load_weights
+from jaxtune.checkpoint.tensors import Checkpoint, TensorInfo
+from jaxtune.nn.params import Policy
+
+SIZES = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": False,
+}
+
+
+class Loaded(NamedTuple):
+    """A model in jaxtune."""
+
+    skeleton: tree.Skeleton
+    params: tree.Params
+    stacks: tuple[int, ...]
+    family: Any
+    forward: Callable[..., jax.Array]  # (params, tokens, positions, segment ids) -> logits, jitted
+
+
+def hf_llama(seed: int = 0, **changes: Any) -> Any:
+    """A transformers Llama whose every parameter, norms and biases too, is random."""
+    import torch
+    import transformers
+
+    torch.manual_seed(seed)
+    config = transformers.LlamaConfig(**SIZES | changes, attn_implementation="eager")
+    model = transformers.LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+            elif parameter.ndim == 1:
+                parameter.normal_(0, 0.3)
+            else:
+                parameter.normal_(0, parameter.shape[1] ** -0.5)
+    return model
+
+
+def checkpoint_of(model: Any) -> Checkpoint:
+    """A transformers model in memory, as an opened checkpoint."""
+    tensors = {name: tensor.detach().numpy() for name, tensor in model.state_dict().items()}
+    if model.config.tie_word_embeddings:
+        del tensors["lm_head.weight"]
+    infos = {name: TensorInfo(array.shape, array.dtype) for name, array in tensors.items()}
+    config = model.config.to_dict()
+    return Checkpoint("random", Path("random"), config, None, infos, lambda name: tensors[name])
+
+
+def load(checkpoint: Checkpoint, **policy: Any) -> Loaded:
+    """The same model in jaxtune; `policy` are fields of `Policy`."""
+    family = models.family(checkpoint.config["model_type"])
+    config = family.Config.from_hf(checkpoint.config)
+    skeleton = tree.describe(lambda: family.build(config, Policy(**policy), nnx.Rngs(0)))
+    count = config.num_layers
+    stacks = (count,) if policy.get("layers", "scan") == "scan" else (1,) * count
+    params = load_weights(checkpoint, family.WEIGHTS, skeleton.abstract(), stacks)
+
+    @jax.jit
+    def forward(params: tree.Params, tokens: Any, positions: Any, segments: Any) -> jax.Array:
+        model = skeleton.model(params)
+        return model.logits(model.hidden(tokens, positions, segments)[0])
+
+    return Loaded(skeleton, params, stacks, family, forward)
+
+
+def logits(
+    loaded: Loaded, tokens: np.ndarray, positions: Any = None, segments: Any = None
+) -> np.ndarray:
+    """float32 [B, T, V]; by default every row is one example."""
+    if positions is None:
+        positions = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
+    return np.asarray(loaded.forward(loaded.params, tokens, positions, segments))
+
+
+def hf_logits(model: Any, tokens: np.ndarray) -> np.ndarray:
+    """float32 [B, T, V] of a torch model."""
+    import torch
+
+    with torch.no_grad():
+        return model(torch.tensor(tokens)).logits.float().numpy()
+
+
+def random_tokens(seed: int, *shape: int, vocab: int = SIZES["vocab_size"]) -> np.ndarray:
+    """int32 ids."""
+    return np.random.default_rng(seed).integers(0, vocab, shape).astype(np.int32)
+
+
+def difference(value: Any, expected: Any) -> float:
+    """Largest difference, divided by the largest expected value."""
+    value, expected = (np.asarray(x, np.float64) for x in (value, expected))
+    assert value.shape == expected.shape
+    return float(np.abs(value - expected).max() / max(np.abs(expected).max(), 1e-30))
