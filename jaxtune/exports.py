@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from jaxtune.build import Run
+from jaxtune.build import Run, adapter_variables
 from jaxtune.checkpoint.adapter import save_adapter
 from jaxtune.checkpoint.hf import save_model
 from jaxtune.tree import Params
@@ -32,10 +32,14 @@ def write_merged(
     dtype: str | None = None,
     max_shard_bytes: int = 5_000_000_000,
 ) -> None:
-    """Writes a whole model, adapters merged; `dtype` None keeps that of the base's files."""
+    """Writes a whole model, adapters merged; `dtype` None keeps that of the base's files.
+
+    Frozen base weights are copied from the base's files: those in memory may be rounded.
+    """
+    learnt = run.trainable.keys() | adapter_variables(run.skeleton)
     save_model(
         folder,
-        params,
+        {name: params[name] for name in learnt},
         run.checkpoint,
         run.family.WEIGHTS,
         run.stacks,

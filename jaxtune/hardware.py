@@ -1,5 +1,6 @@
 """Peak arithmetic of the devices, for model FLOPs utilisation."""
 
+import ctypes
 import time
 
 import jax
@@ -42,3 +43,20 @@ def _measured(dtype: DTypeLike) -> float:
         product(x).block_until_ready()
         seconds.append(time.perf_counter() - start)
     return 2 * size**3 / min(seconds)
+
+
+def keep_freed_memory() -> None:
+    """Lets glibc keep freed blocks in the process instead of returning them to the kernel.
+
+    XLA for CPU allocates and frees its temporaries, gigabytes, on every execution; by default each
+    such block is a new mapping whose pages the kernel zeroes again one by one. Call it before
+    anything large is allocated; elsewhere than on glibc it does nothing.
+    """
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return
+    mmap_max, trim_threshold, top_pad = -4, -1, -2  # M_* of malloc.h
+    mallopt(mmap_max, 0)
+    mallopt(trim_threshold, 2**31 - 1)
+    mallopt(top_pad, 64 << 20)

@@ -4,6 +4,7 @@ python -m jaxtune.train --config=configs/lora_llama.py [--config.section.field=v
 """
 
 import dataclasses
+import hashlib
 import os
 import sys
 from dataclasses import dataclass
@@ -14,13 +15,15 @@ import jax
 
 from jaxtune import build, config, data, optim, tree
 from jaxtune.checkpoint.lock import RunLock
+from jaxtune.checkpoint.manifest import write_synced
 from jaxtune.checkpoint.source import open_checkpoint
 from jaxtune.checkpoint.store import Store
 from jaxtune.errors import run_command
 from jaxtune.exports import write_results
 from jaxtune.faults import fault
+from jaxtune.hardware import keep_freed_memory
 from jaxtune.held_out import HeldOut
-from jaxtune.log import Log, every_few_seconds, info
+from jaxtune.log import Log, every_few_seconds, info, warn
 from jaxtune.meter import Meter
 from jaxtune.schema import RunConfig
 from jaxtune.sharding.mesh import make_mesh
@@ -53,26 +56,32 @@ def train(cfg: RunConfig) -> Result:
         JaxtuneError: its subclass for whatever a user can cause, before weights load if possible.
     """
     _enable_compilation_cache(cfg.train.compilation_cache)
+    if jax.default_backend() == "cpu":
+        keep_freed_memory()
     folder = Path(cfg.train.output_dir)
     with RunLock(folder), StopSignal() as stop:
         run, tokenizer, batches, held_out_set = _describe(cfg)
         num_steps = cfg.train.num_steps or batches.num_steps(cfg.train.num_epochs)
-        (folder / "config.json").write_text(config.to_json(cfg))
         _report(run, batches.dataset, held_out_set, num_steps)
         store = Store(
             folder / "checkpoints",
             keep_last=cfg.checkpoint.keep_last,
             keep_best=cfg.checkpoint.keep_best,
             verify=cfg.checkpoint.verify,
+            fingerprint=_fingerprint(cfg),
         )
         schedule = optim.make_schedule(cfg.optim, num_steps)
         tx = optim.make_optimizer(cfg.optim, schedule, build.decayed(run))
         try:
             state, frozen, start, position = _fill(run, tx, store)
+            # Not before: a refused run must not replace the config of the run that is there.
+            write_synced(folder / "config.json", config.to_json(cfg).encode())
             log = Log(cfg.log, folder, start, num_steps)
             held_out = HeldOut(run, tokenizer, held_out_set, frozen, log)
             if start == 0:
                 held_out.answer(0, state.trainable)
+            if stop.received is not None:
+                raise stop.error(f"stopped before step {start + 1} - start the same command again")
             train_step = make_train_step(
                 run.skeleton,
                 run.objective,
@@ -85,7 +94,8 @@ def train(cfg: RunConfig) -> Result:
             stream = batches.batches(position)
             for step in range(start + 1, num_steps + 1):
                 batch, position = next(stream)
-                fault("step_pre", step)
+                if fault("step_pre", step):
+                    batch = dataclasses.replace(batch, weights=batch.weights * float("nan"))
                 state, metrics = train_step(state, frozen, run.put(batch))
                 meter.add(step, metrics, batch)
                 fault("step_post", step)
@@ -99,6 +109,7 @@ def train(cfg: RunConfig) -> Result:
                         f"stopped after step {step}, state saved - start the same command to go on"
                     )
                 if _every(step, cfg.checkpoint.every_steps) and step < num_steps:
+                    meter.flush()
                     store.save(step, state, position, held_out.loss)
             stream.close()
             meter.flush()
@@ -111,9 +122,10 @@ def train(cfg: RunConfig) -> Result:
         paths = {"metrics": log.path, "checkpoints": store.folder, **log.close()}
         paths |= held_out.write_samples(folder / "samples.jsonl")
         paths |= write_results(run, {**frozen, **state.trainable}, tokenizer, folder)
+        metrics = {**meter.last, **held_out.last, "failed_saves": float(store.failed_saves)}
     for what, path in paths.items():
         info(f"{what}: {path}")
-    return Result(num_steps, {**meter.last, **held_out.last}, paths)
+    return Result(num_steps, metrics, paths)
 
 
 def _describe(cfg: RunConfig) -> tuple[build.Run, Any, data.Loader, data.Dataset | None]:
@@ -166,6 +178,8 @@ def _report(
         f"layers {policy.layers}, remat {policy.remat}, "
         f"mesh {dict(run.mesh.shape)} of {run.mesh.devices.flat[0].platform}"
     )
+    for warning in run.imported.warnings if run.imported else ():
+        warn(warning)
     info(f"training data: {train_set.stats}")
     if held_out_set is not None:
         info(f"held-out data: {held_out_set.stats}")
@@ -174,6 +188,12 @@ def _report(
         f"{num_steps} steps of {cfg.train.gradient_accumulation_steps} x {rows} rows "
         f"of {cfg.data.max_seq_len} tokens; output in {cfg.train.output_dir}"
     )
+
+
+def _fingerprint(cfg: RunConfig) -> str:
+    """Of the options that change what a step computes; a resume with others is warned of."""
+    parts = (cfg.model, cfg.peft, cfg.objective, cfg.optim)
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
 def _mean_length(dataset: data.Dataset) -> float:

@@ -53,9 +53,9 @@ TINY = {
     "rope_theta": 10000.0,
     "hidden_act": "silu",
     "tie_word_embeddings": False,
-    "bos_token_id": 256,
-    "eos_token_id": 257,
-    "pad_token_id": 258,
+    "bos_token_id": None,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
 }
 
 
