@@ -124,12 +124,13 @@ def test_links_lead_somewhere(page: Path):
 
 def test_own_data_commands_of_the_readme_run(tmp_path: Path):
     steps = [c for c in commands(ROOT / "README.md") if c[:2] == ["python", "-m"]]
-    assert [step[2] for step in steps] == ["jaxtune.train", "jaxtune.export"]
+    assert [step[2] for step in steps] == ["jaxtune.train", "jaxtune.export", "jaxtune.generate"]
+    steps += [["python", "-c", code] for code in blocks(ROOT / "README.md", "python")]
     steps[0] += ["--config.data.max_seq_len=64", "--config.eval.max_new_tokens=4"]
-    steps[0] += ["--config.train.compilation_cache="]
     row = blocks(ROOT / "README.md", "json")[0].splitlines()[0]
     (tmp_path / "my_data.jsonl").write_text(f"{row}\n" * 20)
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    environment["HOME"] = str(tmp_path)  # compiled programs are kept there
     for step in steps:
         words = [w.replace("=my-model", "=tiny:llama") for w in step[1:]]
         run = subprocess.run(
