@@ -7,5 +7,6 @@ make_sampling(...)          temperature, top-k, top-p, repetition penalty, check
 
 from jaxtune.infer.engine import generate
 from jaxtune.infer.sampling import Sampling, make_sampling
+from jaxtune.infer.session import Prompt, Session, load
 
-__all__ = ["Sampling", "generate", "make_sampling"]
+__all__ = ["Prompt", "Sampling", "Session", "generate", "load", "make_sampling"]

@@ -35,17 +35,21 @@ class Batch(NamedTuple):
     new_slots: int
 
 
+def check_ids(ids: Any, name: str, config: Any) -> None:
+    """Refuses token ids that the model lacks: JAX would clamp them."""
+    if np.min(ids) < 0 or np.max(ids) >= config.vocab_size:
+        raise ConfigError(
+            f"{name} has token ids outside 0..{config.vocab_size - 1} - "
+            "use the model's own tokenizer"
+        )
+
+
 def check_prompts(prompts: Sequence[Sequence[int]], config: Any) -> None:
     """Refuses with a ConfigError what the model cannot read."""
     for i, prompt in enumerate(prompts):
         if not len(prompt):
             raise ConfigError(f"prompt {i} has no tokens - give each prompt some text")
-        # JAX would clamp an id that is out of range.
-        if not 0 <= min(prompt) <= max(prompt) < config.vocab_size:
-            raise ConfigError(
-                f"prompt {i} has token ids outside 0..{config.vocab_size - 1} - "
-                "use the model's own tokenizer"
-            )
+        check_ids(prompt, f"prompt {i}", config)
         if len(prompt) >= config.max_positions:
             raise ConfigError(
                 f"prompt {i} has {len(prompt)} tokens, the model {config.max_positions} positions "

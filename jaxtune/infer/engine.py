@@ -21,7 +21,15 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxtune.distributed import to_device
 from jaxtune.errors import ConfigError
-from jaxtune.infer.batching import PIECE, Batch, check_prompts, make_batches, occurrences
+from jaxtune.infer.batching import (
+    PIECE,
+    Batch,
+    check_ids,
+    check_prompts,
+    make_batches,
+    occurrences,
+    rounded_length,
+)
 from jaxtune.infer.sampling import Sampling, sample
 from jaxtune.nn.cache import KVCache
 from jaxtune.sharding import rules
@@ -141,6 +149,34 @@ def generate(
     return results
 
 
+def score(
+    skeleton: Skeleton, params: Mapping[str, Any], tokens: np.ndarray, mask: np.ndarray
+) -> np.ndarray:
+    """Logits of every position, without a cache.
+
+    Args:
+        skeleton, params: as for `generate`.
+        tokens: int32 [B, T].
+        mask: bool [B, T], False for padding.
+
+    Returns:
+        float32 [B, T, V].
+
+    Raises:
+        ConfigError: as for `generate`.
+    """
+    program = _Program(skeleton, _mesh(params))
+    model = skeleton.model(skeleton.abstract())
+    check_ids(tokens, "input_ids", model.config)
+    length = tokens.shape[1]
+    extra = ((0, 0), (0, rounded_length(length) - length))
+    tokens, mask = np.pad(tokens, extra), np.pad(mask, extra)
+    logits = _score(program, params, program.put(tokens), program.put(mask))
+    if program.mesh is not None:
+        logits = _replicate(program.mesh)(logits)
+    return np.asarray(logits)[:, :length]
+
+
 def _mesh(params: Mapping[str, Any]) -> Mesh | None:
     for leaf in jax.tree.leaves(params):
         if isinstance(leaf.sharding, NamedSharding):
@@ -223,6 +259,16 @@ def _forward(
     segment_ids = (positions >= 0).astype(jnp.int32)
     hidden, cache = model.hidden(tokens, jnp.maximum(positions, 0), segment_ids, cache)
     return model.logits(hidden[:, -1]), cache
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _score(
+    program: _Program, params: Mapping[str, Any], tokens: jax.Array, mask: jax.Array
+) -> jax.Array:
+    model = program.skeleton.model(params)
+    positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
+    hidden, _ = model.hidden(tokens, positions, mask.astype(jnp.int32))
+    return model.logits(hidden)
 
 
 _read = jax.jit(_forward, static_argnums=0, donate_argnums=2)

