@@ -35,6 +35,8 @@ from jaxtune.nn.cache import KVCache
 from jaxtune.sharding import rules
 from jaxtune.tree import Skeleton
 
+# Logical axes of a cache's arrays, by their number of dimensions: keys and values, ids, length.
+CACHE_AXES = {5: ("batch", None, "kv_heads", None), 2: ("batch", None), 0: ()}
 WATCHED_TOKENS = 8  # new tokens of a row between two looks of a watcher
 
 # Called with the index of a prompt and its new tokens so far; True ends the row.
@@ -179,7 +181,7 @@ def score(
 
 def _mesh(params: Mapping[str, Any]) -> Mesh | None:
     for leaf in jax.tree.leaves(params):
-        if isinstance(leaf.sharding, NamedSharding):
+        if isinstance(leaf.sharding, NamedSharding) and isinstance(leaf.sharding.mesh, Mesh):
             return leaf.sharding.mesh
     return None
 
@@ -303,15 +305,12 @@ def _keys(seed: int, indices: jax.Array) -> jax.Array:
 def _cache_maker(program: _Program, num_rows: int, length: int) -> Callable[[], KVCache]:
     model = program.skeleton.model(program.skeleton.abstract())
     make = functools.partial(model.make_cache, num_rows, length)
-    if program.mesh is None:
+    mesh = program.mesh
+    if mesh is None:
         return jax.jit(make)
-    empty, mesh = jax.eval_shape(make), program.mesh
-    axes = ("batch", None, "kv_heads", None)
-    shardings = KVCache(
-        k=[rules.sharding(k.shape, axes, mesh) for k in empty.k],
-        v=[rules.sharding(v.shape, axes, mesh) for v in empty.v],
-        segment_ids=rules.sharding(empty.segment_ids.shape, ("batch", None), mesh),
-        length=NamedSharding(mesh, PartitionSpec()),
+    shardings = jax.tree.map(
+        lambda leaf: rules.sharding(leaf.shape, CACHE_AXES[leaf.ndim], mesh),
+        jax.eval_shape(make),
     )
     return jax.jit(make, out_shardings=shardings)
 
