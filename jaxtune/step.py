@@ -81,7 +81,7 @@ def make_train_step(
         metrics = {
             "loss": value / weight,
             "accuracy": sums["correct"] / weight,
-            "grad_norm": optax.global_norm(grads),
+            "grad_norm": optax.tree.norm(grads),
             "learning_rate": schedule(_applied_steps(state.opt_state)),
             "tokens": (batch.segment_ids > 0).sum(),
             "targets": sums["weight"],
