@@ -18,10 +18,10 @@ def get_config():
     c.peft.rank = 16
     c.data.train = (str(DATA / "orders_train.jsonl"),)
     c.data.eval = (str(DATA / "orders_eval.jsonl"),)
-    c.data.max_seq_len = 256
+    c.data.max_seq_len = 352
     c.optim.learning_rate = 6e-4
-    c.optim.warmup_steps = 3
-    c.train.micro_batch_size = 2
+    c.optim.warmup_steps = 5
+    c.train.micro_batch_size = 1
     c.eval.exact_match = True
     c.eval.max_new_tokens = 48
     c.checkpoint.export_merged = True

@@ -108,7 +108,7 @@ def resolve_policy(model: Model, method: str, platform: str) -> Policy:
         compute_dtype=jnp.dtype(compute),
         softmax_dtype=jnp.dtype(model.softmax_dtype),
         attention="xla" if model.attention == "auto" else model.attention,
-        layers=("unroll" if on_cpu else "scan") if model.layers == "auto" else model.layers,
+        layers="scan" if model.layers == "auto" else model.layers,
         remat=("none" if on_cpu else "full") if model.remat == "auto" else model.remat,
     )
 

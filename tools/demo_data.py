@@ -17,7 +17,7 @@ from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent.parent / "configs" / "data"
 SEED = 7
-TRAIN_ROWS, EVAL_ROWS = 300, 96
+TRAIN_ROWS, EVAL_ROWS = 240, 96
 UNSEEN = 0.65  # chance that a held-out name, address or item is made of held-out words
 NEW_PHRASES = 0.3  # chance that a held-out row is worded in a way that training never uses
 

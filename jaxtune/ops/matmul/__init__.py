@@ -79,8 +79,13 @@ def _adapted_backward(saved: tuple, g: jax.Array | SymbolicZero) -> tuple:
         dx = (base + dot(dot(g, b.T, g.dtype), a.T, jnp.float32)).astype(g.dtype)
     x, g = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
     gb = jnp.einsum("rf,mf->rm", b, g, preferred_element_type=jnp.float32).astype(g.dtype)
-    xa = jnp.einsum("rd,md->rm", a.T, x, preferred_element_type=jnp.float32).astype(x.dtype)
-    da = jnp.einsum("rm,md->rd", gb, x, preferred_element_type=jnp.float32).T
+    # The barriers keep XLA from folding the small transposes into the products, which would turn
+    # them into the slow form.
+    a_transposed = jax.lax.optimization_barrier(a.T)
+    xa = jnp.einsum("rd,md->rm", a_transposed, x, preferred_element_type=jnp.float32)
+    xa = xa.astype(x.dtype)
+    da = jnp.einsum("rm,md->rd", gb, x, preferred_element_type=jnp.float32)
+    da = jax.lax.optimization_barrier(da).T
     db = jnp.einsum("rm,mf->rf", xa, g, preferred_element_type=jnp.float32)
     return dx, None, da.astype(a_master.dtype), db.astype(b_master.dtype)
 
