@@ -5,18 +5,20 @@ train(config)     a whole run; returns its final metrics and the paths it wrote
 """
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jaxtune.infer import load as load
+    from jaxtune.train import train as train
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "load", "train"]
 
-# Resolved on first use, so that `import jaxtune.config` does not import jax.
-_API = {"load": "jaxtune.infer", "train": "jaxtune.train"}
-
 
 def __getattr__(name: str) -> Any:
-    if name not in _API:
-        raise AttributeError(f"module 'jaxtune' has no attribute {name!r}")
-    function = getattr(importlib.import_module(_API[name]), name)
-    globals()[name] = function  # importing jaxtune.train has put the module there
-    return function
+    """Resolves the API on first use, so that `import jaxtune.config` does not import jax."""
+    if name == "load":
+        return importlib.import_module("jaxtune.infer").load
+    if name == "train":
+        return importlib.import_module("jaxtune.train")
+    raise AttributeError(f"module 'jaxtune' has no attribute {name!r}")

@@ -76,7 +76,7 @@ class Run:
 
         return jax.tree.map(put_one, batch)
 
-    def flops_per_token(self, length: int) -> float:
+    def flops_per_token(self, length: float) -> float:
         """Model FLOPs of one training token, recomputation not counted.
 
         Forward and the gradient of activations cost 2 FLOPs each per weight of a matrix product;
@@ -208,7 +208,7 @@ def abstract_state(run: Run, tx: optax.GradientTransformation) -> TrainState:
             leaf.shape, leaf.dtype, sharding=whole
         ),
     )
-    scalar = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
+    scalar: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
     return TrainState(scalar, scalar, run.trainable, opt_state)
 
 

@@ -20,9 +20,9 @@ from jaxtune.errors import ConfigError, listing
 from jaxtune.schema import RunConfig, sections
 
 
-def default() -> config_dict.ConfigDict:
-    """The editable tree of all fields with their defaults: typed, and locked against new keys."""
-    tree = config_dict.ConfigDict(type_safe=True)
+def default() -> Any:
+    """The editable tree of all fields with their defaults: a typed, locked `ConfigDict`."""
+    tree: Any = config_dict.ConfigDict(type_safe=True)
     for section, cls in sections().items():
         hints = typing.get_type_hints(cls)
         tree[section] = config_dict.ConfigDict(type_safe=True)
@@ -146,7 +146,7 @@ def _value_type(hint: Any) -> type:
     return plain[0] if plain else hint
 
 
-def _nearest(name: str, known: typing.Iterable[str]) -> str:
+def _nearest(name: Any, known: typing.Iterable[str]) -> str:
     close = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
     return f" - did you mean {close[0]}?" if close else ""
 
@@ -188,7 +188,7 @@ def load_file(path: str) -> config_dict.ConfigDict:
         raise ConfigError(f"{path}:{line}: {type(error).__name__}: {first}") from error
 
 
-def _update(tree: config_dict.ConfigDict, values: typing.Mapping[str, Any]) -> None:
+def _update(tree: Any, values: typing.Mapping[str, Any]) -> None:
     for section, fields in values.items():
         for key, value in fields.items():
             if value is not None:
@@ -200,7 +200,7 @@ def _error_line(error: BaseException, path: str) -> int:
         return error.lineno or 0
     lines, trace = [0], error.__traceback__
     while trace is not None:
-        if trace.tb_frame.f_code.co_filename == path:
+        if Path(trace.tb_frame.f_code.co_filename).resolve() == Path(path).resolve():
             lines.append(trace.tb_lineno)
         trace = trace.tb_next
     return lines[-1]
@@ -240,7 +240,7 @@ def parse_arguments(argv: list[str]) -> RunConfig:
     return resolve(tree)
 
 
-def _override(tree: config_dict.ConfigDict, key: str, text: str) -> None:
+def _override(tree: Any, key: str, text: str) -> None:
     section, _, name = key.partition(".")
     known = sections()
     if section not in known:

@@ -204,7 +204,8 @@ def plot_losses(metrics: Path, picture: Path) -> Path:
         if points:
             axes.plot(*zip(*points, strict=True), style, label=split, linewidth=1.2, markersize=4)
     axes.set(xlabel="step", ylabel="loss")
-    axes.legend()
+    if axes.has_data():
+        axes.legend()
     axes.grid(alpha=0.3)
     figure.savefig(picture, dpi=120, bbox_inches="tight")
     pyplot.close(figure)

@@ -19,6 +19,7 @@ from jaxtune.tree import Params, Skeleton
 
 Metrics = dict[str, jax.Array]
 Objective = Callable[[Any, Any], tuple[jax.Array, Metrics]]
+TrainStep = Callable[["TrainState", Params, Any], tuple["TrainState", Metrics]]
 
 
 @jax.tree_util.register_dataclass
@@ -46,7 +47,7 @@ def make_train_step(
     schedule: optax.Schedule,
     seed: int,
     state_shardings: Any = None,
-) -> Callable[[TrainState, Params, Any], tuple[TrainState, Metrics]]:
+) -> TrainStep:
     """Builds `train_step(state, frozen, batch)`; batch leaves are [A, B, T].
 
     Returns:

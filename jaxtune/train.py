@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import os
 import sys
+import types
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from jaxtune.schema import RunConfig
 from jaxtune.sharding.mesh import make_mesh
 from jaxtune.sharding.rules import batch_shards
 from jaxtune.signals import StopSignal
-from jaxtune.step import TrainState, make_train_step
+from jaxtune.step import TrainState, TrainStep, make_train_step
 from jaxtune.tree import Params
 
 
@@ -63,17 +64,11 @@ def train(cfg: RunConfig) -> Result:
         run, tokenizer, batches, held_out_set = _describe(cfg)
         num_steps = cfg.train.num_steps or batches.num_steps(cfg.train.num_epochs)
         _report(run, batches.dataset, held_out_set, num_steps)
-        store = Store(
-            folder / "checkpoints",
-            keep_last=cfg.checkpoint.keep_last,
-            keep_best=cfg.checkpoint.keep_best,
-            verify=cfg.checkpoint.verify,
-            fingerprint=_fingerprint(cfg),
-        )
+        store = _store(cfg, folder)
         schedule = optim.make_schedule(cfg.optim, num_steps)
         tx = optim.make_optimizer(cfg.optim, schedule, build.decayed(run))
         try:
-            state, frozen, start, position = _fill(run, tx, store)
+            state, frozen, start, saved_position = _fill(run, tx, store)
             # Not before: a refused run must not replace the config of the run that is there.
             write_synced(folder / "config.json", config.to_json(cfg).encode())
             log = Log(cfg.log, folder, start, num_steps)
@@ -82,16 +77,9 @@ def train(cfg: RunConfig) -> Result:
                 held_out.answer(0, state.trainable)
             if stop.received is not None:
                 raise stop.error(f"stopped before step {start + 1} - start the same command again")
-            train_step = make_train_step(
-                run.skeleton,
-                run.objective,
-                tx,
-                schedule,
-                cfg.train.seed,
-                build.shardings(build.abstract_state(run, tx)),
-            )
+            train_step = _train_step(run, tx, schedule)
             meter = Meter(run, log, _mean_length(batches.dataset))
-            stream = batches.batches(position)
+            stream = batches.batches(saved_position)
             for step in range(start + 1, num_steps + 1):
                 batch, position = next(stream)
                 if fault("step_pre", step):
@@ -99,23 +87,21 @@ def train(cfg: RunConfig) -> Result:
                 state, metrics = train_step(state, frozen, run.put(batch))
                 meter.add(step, metrics, batch)
                 fault("step_post", step)
-                if _every(step, cfg.eval.every_steps) and step < num_steps:
+                stopping, last = stop.received is not None, step == num_steps
+                if last or _every(step, cfg.eval.every_steps):
                     meter.flush()
                     held_out.measure(step, state.trainable)
-                if stop.received is not None and step < num_steps:
+                if last or stopping or _every(step, cfg.checkpoint.every_steps):
                     meter.flush()
-                    store.save(step, state, position, held_out.loss, final=True)
+                    store.save(step, state, position, held_out.loss, final=last or stopping)
+                if stopping and not last:
                     raise stop.error(
                         f"stopped after step {step}, state saved - start the same command to go on"
                     )
-                if _every(step, cfg.checkpoint.every_steps) and step < num_steps:
-                    meter.flush()
-                    store.save(step, state, position, held_out.loss)
             stream.close()
-            meter.flush()
-            held_out.measure(num_steps, state.trainable)
-            if start < num_steps:
-                store.save(num_steps, state, position, held_out.loss, final=True)
+            if start >= num_steps:
+                log.say(f"already at step {start} of {num_steps}: nothing left to train")
+                held_out.measure(start, state.trainable)
             held_out.answer(num_steps, state.trainable)
         finally:
             store.close()
@@ -163,6 +149,22 @@ def _fill(run: build.Run, tx: Any, store: Store) -> tuple[TrainState, Params, in
     step, state, position = restored
     info(f"resuming after step {step}")
     return state, frozen, step, position
+
+
+def _store(cfg: RunConfig, folder: Path) -> Store:
+    return Store(
+        folder / "checkpoints",
+        keep_last=cfg.checkpoint.keep_last,
+        keep_best=cfg.checkpoint.keep_best,
+        verify=cfg.checkpoint.verify,
+        fingerprint=_fingerprint(cfg),
+    )
+
+
+def _train_step(run: build.Run, tx: Any, schedule: Any) -> TrainStep:
+    shardings = build.shardings(build.abstract_state(run, tx))
+    seed = run.config.train.seed
+    return make_train_step(run.skeleton, run.objective, tx, schedule, seed, shardings)
 
 
 def _report(
@@ -219,6 +221,15 @@ def main() -> None:
         return
     train(config.parse_arguments(arguments))
 
+
+class _CallableModule(types.ModuleType):
+    """`jaxtune.train` names this file and the API's function: calling the module trains."""
+
+    def __call__(self, cfg: RunConfig) -> Result:
+        return train(cfg)
+
+
+sys.modules[__name__].__class__ = _CallableModule
 
 if __name__ == "__main__":
     run_command(main)

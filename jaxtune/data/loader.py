@@ -11,7 +11,7 @@ An epoch shows every example exactly once: its last batch is filled up with empt
 import math
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -65,7 +65,9 @@ class Loader:
             step, epoch = step - steps, epoch + 1
         return self._position(epoch, step * self.rows * self.accumulation)
 
-    def batches(self, position: Position | None = None) -> Iterator[tuple[TokenBatch, Position]]:
+    def batches(
+        self, position: Position | None = None
+    ) -> Generator[tuple[TokenBatch, Position], None, None]:
         """Yields, without end, a step's batch [A, B / shards, T] and the position after it.
 
         Batches are prepared by a background thread, which ends when the iterator is closed.
@@ -192,7 +194,7 @@ class _End:
         self.error = error
 
 
-def _ahead(items: Iterator[T], depth: int) -> Iterator[T]:
+def _ahead(items: Iterator[T], depth: int) -> Generator[T, None, None]:
     """Yields `items`, computing up to `depth` of them ahead in a background thread."""
     if depth == 0:
         yield from items

@@ -118,13 +118,13 @@ class Decoder(nnx.Module):
             caches = list(zip(cache.k, cache.v, strict=True))
 
         def apply(block: Block, x: jax.Array, slots: Any) -> tuple[jax.Array, Any]:
-            layer_cache = None if slots is None else (*slots, cache.length)  # type: ignore[union-attr]
+            layer_cache = None if cache is None else (*slots, cache.length)
             return block(x, rope, (segment_ids, key_segments), layer_cache)
 
         x, caches = scan_layers(
             self.layers, self.embed(tokens), apply, caches, remat=self.policy.remat
         )
-        if cache is not None:
+        if cache is not None and key_segments is not None:
             k, v = (list(slots) for slots in zip(*caches, strict=True))
             cache = KVCache(k, v, key_segments, cache.length + tokens.shape[1])
         return self.norm(x), cache

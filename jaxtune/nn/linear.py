@@ -4,6 +4,8 @@ The slot holds None or a module that is called with the input and the layer itse
 layer's whole output. Kernels are [D_in, D_out]; layers of a stack have a leading axis.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -29,11 +31,11 @@ class Linear(nnx.Module):
         normal = nnx.initializers.normal(0.02)
         self.axes = axes
         self.kernel = nnx.Param(normal(rngs.params(), (d_in, d_out), policy.param_dtype), axes=axes)
-        self.bias = nnx.data(None)
+        self.bias: Any = nnx.data(None)
         if bias:
             zeros = jnp.zeros((d_out,), policy.param_dtype)
             self.bias = nnx.Param(zeros, axes=(axes[1],))
-        self.adapter = nnx.data(None)
+        self.adapter: Any = nnx.data(None)
 
     def project(self, x: jax.Array) -> jax.Array:
         """The layer without its adapter: [..., D_in] -> [..., D_out]."""

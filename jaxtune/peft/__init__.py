@@ -76,8 +76,7 @@ def choose(model: Any, targets: Targets) -> Choice:
 
 
 def layer_names(path: str, stacks: tuple[int, ...]) -> list[tuple[int | None, str]]:
-    """(index, name) of each layer behind a path: layers.1.attn.q_proj -> [(4, layers.4.attn...)].
-    """
+    """(index, name) of each layer behind a path: layers.1.attn -> [(4, layers.4.attn), ...]."""
     parts = path.split(".")
     if parts[0] != "layers":
         return [(None, path)]
@@ -105,7 +104,7 @@ def attach(model: Any, method: str, config: Any, choice: Choice) -> None:
     """Fills the slots of the chosen layers (in place; for use under `tree.describe`)."""
     for path, linear in linears(model):
         if path in choice:
-            linear.adapter = METHODS[method].attach(linear, config, choice[path])
+            linear.adapter = nnx.data(METHODS[method].attach(linear, config, choice[path]))
 
 
 def initial_value(

@@ -80,7 +80,7 @@ def initial(
         return rng.uniform(-bound, bound, shape).astype(np.float32)
     if leaf == "b":
         return np.zeros(shape, np.float32)
-    return np.float32(config.scale if chosen else 0.0)
+    return np.asarray(config.scale if chosen else 0.0, np.float32)
 
 
 def delta(a: np.ndarray, b: np.ndarray, scale: float) -> np.ndarray:

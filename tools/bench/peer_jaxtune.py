@@ -14,7 +14,13 @@ from pathlib import Path
 
 BENCH = os.environ.get("BENCH_CPU", Path(__file__).resolve().parents[3] / "shared/bench/cpu")
 sys.path.insert(0, str(BENCH))
-from common import Meter, batches, parser, peak_jax  # noqa: E402  (found through BENCH_CPU)
+# Found through BENCH_CPU.
+from common import (  # noqa: E402  # pyright: ignore[reportMissingImports]
+    Meter,
+    batches,
+    parser,
+    peak_jax,
+)
 
 arguments = parser(pad_to="max")
 arguments.add_argument("--lean", action="store_true")

@@ -34,7 +34,7 @@ def attention(
     kv = k.shape[2]
     heads_first = q.transpose(0, 2, 1, 3).reshape(b, kv, n // kv, t, h)
     k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
-    y = _attend(heads_first, k, v, segments, jnp.dtype(softmax_dtype))
+    y: jax.Array = _attend(heads_first, k, v, segments, jnp.dtype(softmax_dtype))
     return y.reshape(b, n, t, h).transpose(0, 2, 1, 3)
 
 
