@@ -2,8 +2,8 @@
 
     python -m jaxtune.train --config=configs/lora_llama.py
 
-Expect, on 2 CPU cores: held-out exact match from 0 % to 99 % (95 of 96) in 60 steps, under 4 minutes
-with both evaluations. docs/demo.md explains data and output; tools/demo_data.py makes the data.
+Expect, on 2 CPU cores: held-out exact match from 0 % to 99 % (95 of 96) in 60 steps, under 4
+minutes with both evaluations. docs/demo.md explains data and output; tools/demo_data.py makes the data.
 """
 
 from pathlib import Path
