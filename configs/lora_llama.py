@@ -3,7 +3,7 @@
     python -m jaxtune.train --config=configs/lora_llama.py
 
 Expect, on 2 CPU cores: held-out exact match from 0 % to 99 % (95 of 96) in 60 steps, under 4
-minutes with both evaluations. docs/demo.md explains data and output; tools/demo_data.py makes the data.
+minutes with both evaluations. The data come from tools/demo_data.py; docs/demo.md explains them.
 """
 
 from pathlib import Path
