@@ -18,6 +18,7 @@ import jax
 from jaxtune import data
 from jaxtune.data import sources
 from jaxtune.errors import ConfigError, DataError, StorageError, run_command
+from jaxtune.hardware import keep_freed_memory
 from jaxtune.infer import Session, load
 from jaxtune.infer.session import DTYPES
 from jaxtune.log import info
@@ -209,6 +210,7 @@ def main() -> None:
     """Reads the command line and generates."""
     arguments = parse_arguments(sys.argv[1:])
     _enable_compilation_cache()
+    keep_freed_memory()
     session = load(
         arguments.model,
         arguments.adapter,
