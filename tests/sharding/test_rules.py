@@ -1,0 +1,34 @@
+import pytest
+from jax.sharding import PartitionSpec
+
+from jaxtune.sharding.mesh import make_mesh
+from jaxtune.sharding.rules import spec
+
+
+@pytest.mark.parametrize(
+    ("shape", "axes", "expected"),
+    [
+        ((32, 64), ("embed", "mlp"), (("fsdp",), ("tensor",))),
+        ((3, 32, 64), ("embed", "mlp"), (None, ("fsdp",), ("tensor",))),
+        ((3, 32, 4), ("embed", None), (None, ("fsdp",), None)),
+        ((8, 16), ("batch", None), (("data", "fsdp"), None)),
+        ((3,), (), (None,)),
+        ((), (), ()),
+    ],
+)
+def test_trailing_axes_are_named_and_leading_ones_whole(
+    shape: tuple[int, ...], axes: tuple, expected: tuple
+):
+    mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    assert spec(shape, axes, mesh) == PartitionSpec(*expected)
+
+
+def test_an_axis_that_cannot_be_divided_stays_whole_and_says_so(caplog: pytest.LogCaptureFixture):
+    mesh = make_mesh({"data": 1, "fsdp": 2, "tensor": 4})
+    assert spec((32, 6), ("embed", "kv_heads"), mesh, "k") == PartitionSpec(("fsdp",), None)
+    assert "k: axis kv_heads=6 is not divisible by 4: replicated" in caplog.text
+
+
+def test_mesh_axes_of_one_device_are_left_out():
+    mesh = make_mesh({"data": 8, "fsdp": 1, "tensor": 1})
+    assert spec((32, 64), ("embed", "mlp"), mesh) == PartitionSpec(None, None)
