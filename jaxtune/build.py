@@ -103,10 +103,11 @@ def resolve_policy(model: Model, method: str, platform: str) -> Policy:
     if compute == "auto":
         compute = "float32" if on_cpu else "bfloat16"
     param = compute if model.param_dtype == "auto" else model.param_dtype
+    softmax = compute if model.softmax_dtype == "auto" else model.softmax_dtype
     return Policy(
         param_dtype=jnp.dtype("float32" if method == "full" else param),
         compute_dtype=jnp.dtype(compute),
-        softmax_dtype=jnp.dtype(model.softmax_dtype),
+        softmax_dtype=jnp.dtype(softmax),
         attention="xla" if model.attention == "auto" else model.attention,
         layers="scan" if model.layers == "auto" else model.layers,
         remat=("none" if on_cpu else "full") if model.remat == "auto" else model.remat,

@@ -45,7 +45,10 @@ class Model:
         choices=("auto", "float32", "bfloat16"),
     )
     softmax_dtype: str = _field(
-        "float32", "dtype of attention probabilities", choices=("float32", "bfloat16")
+        "auto",
+        "dtype in which attention probabilities multiply the values (they are always computed "
+        "in float32); auto: compute_dtype",
+        choices=("auto", "float32", "bfloat16"),
     )
     loss_dtype: str = _field(
         "float32", "dtype of logits inside the loss", choices=("float32", "bfloat16")
@@ -58,7 +61,7 @@ class Model:
     layers: str = _field(
         "auto",
         "scan: one compiled layer looped over stacked weights; unroll: each layer compiled "
-        "(faster on CPU, slower to compile); auto: unroll on CPU, else scan",
+        "(slower to compile, more memory); auto: scan",
         choices=("auto", "scan", "unroll"),
     )
     remat: str = _field(

@@ -109,4 +109,4 @@ def _weight_gradient(x: jax.Array, g: jax.Array) -> jax.Array:
 
 
 def _materialize(g: jax.Array | SymbolicZero) -> jax.Array:
-    return jnp.zeros_like(g) if isinstance(g, SymbolicZero) else g
+    return jnp.zeros(g.aval.shape, g.aval.dtype) if isinstance(g, SymbolicZero) else g  # pyright: ignore[reportAttributeAccessIssue]
