@@ -103,13 +103,15 @@ def resolve_policy(model: Model, method: str, platform: str) -> Policy:
     if compute == "auto":
         compute = "float32" if on_cpu else "bfloat16"
     param = compute if model.param_dtype == "auto" else model.param_dtype
+    # XLA for CPU converts a whole bfloat16 stack to float32 and back at every layer of a scan.
+    layers = "unroll" if on_cpu and compute == "bfloat16" else "scan"
     softmax = compute if model.softmax_dtype == "auto" else model.softmax_dtype
     return Policy(
         param_dtype=jnp.dtype("float32" if method == "full" else param),
         compute_dtype=jnp.dtype(compute),
         softmax_dtype=jnp.dtype(softmax),
         attention="xla" if model.attention == "auto" else model.attention,
-        layers="scan" if model.layers == "auto" else model.layers,
+        layers=layers if model.layers == "auto" else model.layers,
         remat=("none" if on_cpu else "full") if model.remat == "auto" else model.remat,
     )
 

@@ -61,7 +61,7 @@ class Model:
     layers: str = _field(
         "auto",
         "scan: one compiled layer looped over stacked weights; unroll: each layer compiled "
-        "(slower to compile, more memory); auto: scan",
+        "(slower to compile, more memory); auto: unroll in bfloat16 on CPU, else scan",
         choices=("auto", "scan", "unroll"),
     )
     remat: str = _field(
