@@ -113,20 +113,23 @@ class Decoder(nnx.Module):
         rope = rope_table(positions, self.config.rope)
         key_segments, caches = segment_ids, None
         if cache is not None:
-            assert segment_ids is not None
-            key_segments = append(cache.segment_ids, segment_ids, cache.length)
-            caches = list(zip(cache.k, cache.v, strict=True))
+            key_segments, caches = cache.segment_ids, list(zip(cache.k, cache.v, strict=True))
 
         def apply(block: Block, x: jax.Array, slots: Any) -> tuple[jax.Array, Any]:
-            layer_cache = None if cache is None else (*slots, cache.length)
-            return block(x, rope, (segment_ids, key_segments), layer_cache)
+            return block(x, rope, (segment_ids, key_segments), slots)
 
-        x, caches = scan_layers(
+        x, new = scan_layers(
             self.layers, self.embed(tokens), apply, caches, remat=self.policy.remat
         )
-        if cache is not None and key_segments is not None:
-            k, v = (list(slots) for slots in zip(*caches, strict=True))
-            cache = KVCache(k, v, key_segments, cache.length + tokens.shape[1])
+        if cache is not None and segment_ids is not None:
+            # Once, after all layers: XLA copies a buffer that is read and written in one layer.
+            length = cache.length
+            cache = KVCache(
+                k=[append(old, k, length, 3) for old, (k, _) in zip(cache.k, new, strict=True)],
+                v=[append(old, v, length, 3) for old, (_, v) in zip(cache.v, new, strict=True)],
+                segment_ids=append(cache.segment_ids, segment_ids, length, 1),
+                length=length + tokens.shape[1],
+            )
         return self.norm(x), cache
 
     def head(self) -> tuple[jax.Array, bool]:

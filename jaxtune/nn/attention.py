@@ -7,7 +7,6 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxtune import ops
-from jaxtune.nn.cache import append
 from jaxtune.nn.linear import Linear
 from jaxtune.nn.params import Policy
 
@@ -39,18 +38,19 @@ class Attention(nnx.Module):
         x: jax.Array,
         rope: tuple[jax.Array, jax.Array],
         segments: tuple[jax.Array | None, jax.Array | None],
-        cache: tuple[jax.Array, jax.Array, jax.Array] | None = None,
+        cache: tuple[jax.Array, jax.Array] | None = None,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
         """Attends causally within segments.
 
         Args:
             x: [B, T, D].
             rope: cosines and sines [B, T, 1, H].
-            segments: segment ids of the queries [B, T] and of the keys [B, S]; None: one segment.
-            cache: this layer's keys and values [B, S, K, H] and the number of filled slots.
+            segments: segment ids of the tokens [B, T] and of the keys, which are the cached ones
+                [B, S] if there is a cache; None: one segment.
+            cache: this layer's keys and values of earlier tokens, [B, K, S, H].
 
         Returns:
-            The output and the cache's new keys and values (None without a cache).
+            The output, and with a cache the new keys and values to append to it, [B, K, T, H].
         """
         b, t, _ = x.shape
         q, k, v = (
@@ -64,15 +64,13 @@ class Attention(nnx.Module):
             )
             new = None
         else:
-            slots_k, slots_v, length = cache
-            new = (append(slots_k, ops.rotate(k, *rope), length), append(slots_v, v, length))
-            y = ops.attention(
+            new = (ops.rotate(k, *rope).swapaxes(1, 2), v.swapaxes(1, 2))
+            y = ops.cached_attention(
                 ops.rotate(q, *rope),
-                *new,
-                segments=segments,
-                query_offset=length,
+                new,
+                cache,
+                segments=segments,  # pyright: ignore[reportArgumentType]
                 softmax_dtype=self.policy.softmax_dtype,
-                implementation="reference",
             )
         return self.o_proj(y.reshape(b, t, -1)), new
 

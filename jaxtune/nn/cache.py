@@ -13,7 +13,7 @@ class KVCache:
     """S slots per row, filled from the left in step for all rows (shorter prompts are left-padded).
 
     Attributes:
-        k, v: one [n, B, S, K, H] array per stack of n layers.
+        k, v: one [n, B, K, S, H] array per stack of n layers.
         segment_ids: int32 [B, S]; 0 for padding and empty slots.
         length: int32 scalar, slots filled so far.
     """
@@ -35,7 +35,7 @@ class KVCache:
         dtype: DTypeLike,
     ) -> "KVCache":
         """An empty cache for a model with the given stacks."""
-        shape = (batch, length, num_kv_heads, head_dim)
+        shape = (batch, num_kv_heads, length, head_dim)
         return cls(
             k=[jnp.zeros((n, *shape), dtype) for n in stacks],
             v=[jnp.zeros((n, *shape), dtype) for n in stacks],
@@ -44,7 +44,6 @@ class KVCache:
         )
 
 
-def append(slots: jax.Array, new: jax.Array, length: jax.Array) -> jax.Array:
-    """Writes `new` [B, T, ...] into `slots` [B, S, ...] from slot `length` on."""
-    start = (0, length) + (0,) * (slots.ndim - 2)
-    return jax.lax.dynamic_update_slice(slots, new.astype(slots.dtype), start)
+def append(slots: jax.Array, new: jax.Array, length: jax.Array, axis: int) -> jax.Array:
+    """Writes `new` into `slots`, which differ along `axis` only, from slot `length` on."""
+    return jax.lax.dynamic_update_slice_in_dim(slots, new.astype(slots.dtype), length, axis)

@@ -5,6 +5,7 @@ each. None of them knows modules or configs.
 """
 
 from jaxtune.ops.attention import attention
+from jaxtune.ops.attention.cached import cached_attention
 from jaxtune.ops.cross_entropy import cross_entropy
 from jaxtune.ops.matmul import adapted_matmul, dot, matmul
 from jaxtune.ops.norm import rms_norm
@@ -14,6 +15,7 @@ from jaxtune.ops.swiglu import swiglu
 __all__ = [
     "adapted_matmul",
     "attention",
+    "cached_attention",
     "cross_entropy",
     "dot",
     "matmul",
