@@ -24,7 +24,7 @@ from jaxtune.checkpoint import hf
 from jaxtune.checkpoint.adapter import Adapter, load_adapter
 from jaxtune.checkpoint.tensors import Checkpoint
 from jaxtune.distributed import batch_to_device, to_device
-from jaxtune.nn.params import AdapterConstant, AdapterParam, Policy
+from jaxtune.nn.params import AdapterConstant, AdapterParam, Policy, suited_policy
 from jaxtune.nn.stack import stack_sizes
 from jaxtune.schema import Model, Peft, RunConfig
 from jaxtune.sharding import rules
@@ -97,23 +97,12 @@ def _is_matrix(name: str) -> bool:
 
 
 def resolve_policy(model: Model, method: str, platform: str) -> Policy:
-    """Replaces every "auto" by what suits the platform."""
-    on_cpu = platform == "cpu"
-    compute = model.compute_dtype
-    if compute == "auto":
-        compute = "float32" if on_cpu else "bfloat16"
-    param = compute if model.param_dtype == "auto" else model.param_dtype
-    # XLA for CPU converts a whole bfloat16 stack to float32 and back at every layer of a scan.
-    layers = "unroll" if on_cpu and compute == "bfloat16" else "scan"
-    softmax = compute if model.softmax_dtype == "auto" else model.softmax_dtype
-    return Policy(
-        param_dtype=jnp.dtype("float32" if method == "full" else param),
-        compute_dtype=jnp.dtype(compute),
-        softmax_dtype=jnp.dtype(softmax),
-        attention="xla" if model.attention == "auto" else model.attention,
-        layers=layers if model.layers == "auto" else model.layers,
-        remat=("none" if on_cpu else "full") if model.remat == "auto" else model.remat,
-    )
+    """Replaces every "auto" by what suits the platform; what is trained is kept in float32."""
+    names = ("compute_dtype", "param_dtype", "softmax_dtype", "attention", "layers", "remat")
+    chosen = {name: getattr(model, name) for name in names if getattr(model, name) != "auto"}
+    if method == "full":
+        chosen["param_dtype"] = "float32"
+    return suited_policy(platform, **chosen)
 
 
 def describe(config: RunConfig, mesh: Mesh, checkpoint: Checkpoint) -> Run:
@@ -147,14 +136,7 @@ def describe(config: RunConfig, mesh: Mesh, checkpoint: Checkpoint) -> Run:
         return model
 
     skeleton = tree.describe(build)
-    shapes = {
-        name: jax.ShapeDtypeStruct(
-            leaf.shape,
-            leaf.dtype,
-            sharding=rules.sharding(leaf.shape, skeleton.axes(name), mesh, name),
-        )
-        for name, leaf in skeleton.abstract().items()
-    }
+    shapes = rules.placed(skeleton, mesh)
     learning = set(shapes) if adapter is None else skeleton.select(AdapterParam)
     return Run(
         config=config,

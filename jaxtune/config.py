@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import importlib.util
 import json
+import math
 import typing
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,8 @@ def resolve(tree: config_dict.ConfigDict | typing.Mapping[str, Any]) -> RunConfi
     """
     if isinstance(tree, config_dict.ConfigDict):
         tree = tree.to_dict()
+    if not isinstance(tree, typing.Mapping):
+        raise ConfigError(f"a config is a mapping of sections, not {tree!r}")
     problems: list[str] = []
     known = sections()
     for section in tree:
@@ -100,8 +103,8 @@ def _checked(value: Any, hint: Any, field: dataclasses.Field) -> Any:
     low, high, choices = (field.metadata[name] for name in ("low", "high", "choices"))
     if choices is not None and value not in choices:
         raise ValueError(f"must be one of {', '.join(choices)}" + _nearest(value, choices))
-    if kind is float and value != value:
-        raise ValueError("must be a number")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError("must be a finite number")
     if low is not None and value < low or high is not None and value > high:
         bounds = [f">= {low:g}"] * (low is not None) + [f"<= {high:g}"] * (high is not None)
         raise ValueError("must be " + " and ".join(bounds))
@@ -181,11 +184,16 @@ def load_file(path: str) -> config_dict.ConfigDict:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-        return module.get_config()
+        tree = module.get_config()
     except Exception as error:  # a config file is a program: whatever it raises is its author's
         line = _error_line(error, path)
         first = str(error).strip().splitlines()[0] if str(error).strip() else ""
         raise ConfigError(f"{path}:{line}: {type(error).__name__}: {first}") from error
+    if not isinstance(tree, config_dict.ConfigDict):
+        raise ConfigError(
+            f"{path}: get_config() must return config.default() with changes, not {tree!r}"
+        )
+    return tree
 
 
 def _update(tree: Any, values: typing.Mapping[str, Any]) -> None:

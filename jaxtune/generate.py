@@ -7,18 +7,14 @@ python -m jaxtune.generate --model=runs/demo/merged --file=prompts.jsonl --out=a
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
-import jax
-
-from jaxtune import data
+from jaxtune import data, hardware
 from jaxtune.data import sources
 from jaxtune.errors import ConfigError, DataError, StorageError, run_command
-from jaxtune.hardware import keep_freed_memory
 from jaxtune.infer import Session, load
 from jaxtune.infer.session import DTYPES
 from jaxtune.log import info
@@ -198,19 +194,10 @@ def _to(out: TextIO) -> Callable[[int, str], None]:
     return write
 
 
-def _enable_compilation_cache() -> None:
-    """Keeps compiled programs between runs, where training keeps its own."""
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        folder = Path(Train().compilation_cache).expanduser()
-        jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-
-
 def main() -> None:
     """Reads the command line and generates."""
     arguments = parse_arguments(sys.argv[1:])
-    _enable_compilation_cache()
-    keep_freed_memory()
+    hardware.prepare(Train().compilation_cache)
     session = load(
         arguments.model,
         arguments.adapter,

@@ -9,11 +9,16 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxtune.schema import Log as LogConfig
 
-Writer = Callable[[int, str, Mapping[str, float]], None]
+
+class Writer(NamedTuple):
+    """Where rows of metrics go: `write(step, split, metrics)`, and what ends it."""
+
+    write: Callable[[int, str, Mapping[str, float]], None]
+    close: Callable[[], None] = lambda: None
 
 
 def info(text: str) -> None:
@@ -48,7 +53,8 @@ class Log:
         """Opens the writers; rows of metrics.jsonl after step `start` belong to a lost run."""
         self.path = folder / "metrics.jsonl"
         self._folder, self._config = folder, config
-        self._start, self._num_steps, self._began = start, num_steps, time.monotonic()
+        self._num_steps = num_steps
+        self._first: tuple[int, float] | None = None  # step and time of the first training row
         self._failed: set[str] = set()
         self._writers: dict[str, Writer] = {"metrics.jsonl": _jsonl_writer(self.path, start)}
         if config.tensorboard:
@@ -59,7 +65,7 @@ class Log:
         """Records one row; `split` is "train" or "eval"."""
         for name, writer in self._writers.items():
             try:
-                writer(step, split, metrics)
+                writer.write(step, split, metrics)
             except OSError as error:
                 if name not in self._failed:
                     warn(f"{name} cannot be written ({error}); training goes on without it")
@@ -79,10 +85,15 @@ class Log:
         else:
             info(text)
 
-    def close(self) -> dict[str, Path]:
-        """Ends the progress bar, draws the loss curve; returns {"plot": path} if there is one."""
+    def close(self) -> None:
+        """Ends the progress bar and the writers; safe to call twice."""
         if self._bar is not None:
             self._bar.stop()
+        while self._writers:
+            self._writers.popitem()[1].close()
+
+    def plot(self) -> dict[str, Path]:
+        """Draws the loss curve, if asked for; returns {"plot": path}."""
         if not self._config.plot:
             return {}
         try:
@@ -92,11 +103,15 @@ class Log:
             return {}
 
     def _eta(self, step: int, split: str) -> str:
-        done = step - self._start
-        if split != "train" or not done:
+        """Time left by the steps since the first one, which compiles."""
+        if split != "train":
             return ""
-        seconds = (time.monotonic() - self._began) / done * (self._num_steps - step)
-        return f"  eta {int(seconds) // 60}:{int(seconds) % 60:02d}"
+        if self._first is None:
+            self._first = (step, time.monotonic())
+            return ""
+        first, began = self._first
+        seconds = int((time.monotonic() - began) / (step - first) * (self._num_steps - step))
+        return f"  eta {seconds // 60}:{seconds % 60:02d}"
 
 
 _FORMATS = {
@@ -163,7 +178,7 @@ def _jsonl_writer(path: Path, start: int) -> Writer:
         with path.open("a") as file:
             file.write(json.dumps(row) + "\n")
 
-    return write
+    return Writer(write)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -185,9 +200,8 @@ def _tensorboard_writer(folder: Path, start: int) -> Writer:
     def write(step: int, split: str, metrics: Mapping[str, float]) -> None:
         for name, value in metrics.items():
             events.add_scalar(f"{split}/{name}", value, step)
-        events.flush()
 
-    return write
+    return Writer(write, events.close)
 
 
 def plot_losses(metrics: Path, picture: Path) -> Path:

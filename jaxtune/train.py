@@ -5,16 +5,14 @@ python -m jaxtune.train --config=configs/lora_llama.py [--config.section.field=v
 
 import dataclasses
 import hashlib
-import os
 import sys
 import types
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
-
-from jaxtune import build, config, data, optim, tree
+from jaxtune import build, config, data, hardware, optim, tree
 from jaxtune.checkpoint.lock import RunLock
 from jaxtune.checkpoint.manifest import write_synced
 from jaxtune.checkpoint.source import open_checkpoint
@@ -22,7 +20,6 @@ from jaxtune.checkpoint.store import Store
 from jaxtune.errors import run_command
 from jaxtune.exports import write_results
 from jaxtune.faults import fault
-from jaxtune.hardware import keep_freed_memory
 from jaxtune.held_out import HeldOut
 from jaxtune.log import Log, every_few_seconds, info, warn
 from jaxtune.meter import Meter
@@ -56,56 +53,53 @@ def train(cfg: RunConfig) -> Result:
     Raises:
         JaxtuneError: its subclass for whatever a user can cause, before weights load if possible.
     """
-    _enable_compilation_cache(cfg.train.compilation_cache)
-    if jax.default_backend() == "cpu":
-        keep_freed_memory()
+    hardware.prepare(cfg.train.compilation_cache)
     folder = Path(cfg.train.output_dir)
-    with RunLock(folder), StopSignal() as stop:
+    with RunLock(folder), StopSignal() as stop, ExitStack() as cleanup:
         run, tokenizer, batches, held_out_set = _describe(cfg)
         num_steps = cfg.train.num_steps or batches.num_steps(cfg.train.num_epochs)
         _report(run, batches.dataset, held_out_set, num_steps)
         store = _store(cfg, folder)
+        cleanup.callback(store.close)
         schedule = optim.make_schedule(cfg.optim, num_steps)
         tx = optim.make_optimizer(cfg.optim, schedule, build.decayed(run))
-        try:
-            state, frozen, start, saved_position = _fill(run, tx, store)
-            # Not before: a refused run must not replace the config of the run that is there.
-            write_synced(folder / "config.json", config.to_json(cfg).encode())
-            log = Log(cfg.log, folder, start, num_steps)
-            held_out = HeldOut(run, tokenizer, held_out_set, frozen, log)
-            if start == 0:
-                held_out.answer(0, state.trainable)
-            if stop.received is not None:
-                raise stop.error(f"stopped before step {start + 1} - start the same command again")
-            train_step = _train_step(run, tx, schedule)
-            meter = Meter(run, log, _mean_length(batches.dataset))
-            stream = batches.batches(saved_position)
-            for step in range(start + 1, num_steps + 1):
-                batch, position = next(stream)
-                if fault("step_pre", step):
-                    batch = dataclasses.replace(batch, weights=batch.weights * float("nan"))
-                state, metrics = train_step(state, frozen, run.put(batch))
-                meter.add(step, metrics, batch)
-                fault("step_post", step)
-                stopping, last = stop.received is not None, step == num_steps
-                if last or _every(step, cfg.eval.every_steps):
-                    meter.flush()
-                    held_out.measure(step, state.trainable)
-                if last or stopping or _every(step, cfg.checkpoint.every_steps):
-                    meter.flush()
-                    store.save(step, state, position, held_out.loss, final=last or stopping)
-                if stopping and not last:
-                    raise stop.error(
-                        f"stopped after step {step}, state saved - start the same command to go on"
-                    )
-            stream.close()
-            if start >= num_steps:
-                log.say(f"already at step {start} of {num_steps}: nothing left to train")
-                held_out.measure(start, state.trainable)
-            held_out.answer(num_steps, state.trainable)
-        finally:
-            store.close()
-        paths = {"metrics": log.path, "checkpoints": store.folder, **log.close()}
+        state, frozen, start, position = _fill(run, tx, store)
+        # Not before: a refused run must not replace the config of the run that is there.
+        write_synced(folder / "config.json", config.to_json(cfg).encode())
+        log = Log(cfg.log, folder, start, num_steps)
+        cleanup.callback(log.close)
+        held_out = HeldOut(run, tokenizer, held_out_set, frozen, log)
+        if start == 0:
+            held_out.answer(0, state.trainable)
+        if stop.received is not None:
+            raise stop.error(f"stopped before step {start + 1} - start the same command again")
+        train_step = _train_step(run, tx, schedule)
+        meter = Meter(run, log, _mean_length(batches.dataset))
+        stream = batches.batches(position)
+        cleanup.callback(stream.close)
+        for step in range(start + 1, num_steps + 1):
+            batch, position = next(stream)
+            if fault("step_pre", step):
+                batch = dataclasses.replace(batch, weights=batch.weights * float("nan"))
+            state, metrics = train_step(state, frozen, run.put(batch))
+            meter.add(step, metrics, batch)
+            fault("step_post", step)
+            stopping, last = stop.received is not None, step == num_steps
+            if last or _every(step, cfg.eval.every_steps):
+                meter.flush()
+                held_out.measure(step, state.trainable)
+            if last or stopping or _every(step, cfg.checkpoint.every_steps):
+                meter.flush()
+                store.save(step, state, position, held_out.loss, final=last or stopping)
+            if stopping and not last:
+                raise stop.error(
+                    f"stopped after step {step}, state saved - start the same command to go on"
+                )
+        if start >= num_steps:
+            log.say(f"already at step {start} of {num_steps}: nothing left to train")
+            held_out.measure(start, state.trainable)
+        held_out.answer(num_steps, state.trainable)
+        paths = {"metrics": log.path, "checkpoints": store.folder, **log.plot()}
         paths |= held_out.write_samples(folder / "samples.jsonl")
         paths |= write_results(run, {**frozen, **state.trainable}, tokenizer, folder)
         metrics = {**meter.last, **held_out.last, "failed_saves": float(store.failed_saves)}
@@ -204,13 +198,6 @@ def _mean_length(dataset: data.Dataset) -> float:
 
 def _every(step: int, interval: int) -> bool:
     return interval > 0 and step % interval == 0
-
-
-def _enable_compilation_cache(folder: str) -> None:
-    """Keeps compiled programs between runs; JAX_COMPILATION_CACHE_DIR takes precedence."""
-    if folder and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", str(Path(folder).expanduser()))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 def main() -> None:

@@ -85,7 +85,7 @@ def test_the_last_override_wins(tmp_path: Path):
         ("peft.rank=None", "config.peft.rank='None': must be int"),
         ("optim.learning_rate=fast", "config.optim.learning_rate='fast': must be float"),
         ("optim.learning_rate=-1", "must be >= 0"),
-        ("optim.learning_rate=nan", "must be a number"),
+        ("optim.learning_rate=nan", "must be a finite number"),
         ("data.packing=maybe", "config.data.packing='maybe': must be bool"),
         ("peft.layers_to_transform=0,a", "must be int"),
         ("peft.method=lorra", "must be one of lora, full - did you mean lora?"),
@@ -179,16 +179,13 @@ def test_a_section_cannot_be_replaced(tmp_path: Path):
     assert refusal(tmp_path, line="c.train = None").startswith("config.train=None: a section")
 
 
-UNCHECKED = pytest.mark.xfail(strict=True, reason="what get_config returns is not checked")
-
-
 @pytest.mark.parametrize(
     "text",
     [
         "",
         "x = 1",
-        pytest.param("def get_config():\n    return None", marks=UNCHECKED),
-        pytest.param("def get_config():\n    return 'tiny'", marks=UNCHECKED),
+        "def get_config():\n    return None",
+        "def get_config():\n    return 'tiny'",
     ],
 )
 def test_files_that_give_no_config(tmp_path: Path, text: str):
@@ -209,17 +206,14 @@ def test_a_saved_config_reloads_equal(tmp_path: Path):
     assert changed == dataclasses.replace(resolved, peft=dataclasses.replace(resolved.peft, rank=2))
 
 
-NO_OBJECT = pytest.mark.xfail(strict=True, reason="JSON that is no object is not refused")
-
-
 @pytest.mark.parametrize(
     "text",
     [
         "{",
         '{"peft": {"rank": "8"}}',
         '{"peft": 3}',
-        pytest.param("[1]", marks=NO_OBJECT),
-        pytest.param('"a"', marks=NO_OBJECT),
+        "[1]",
+        '"a"',
     ],
 )
 def test_json_that_is_no_config(text: str):

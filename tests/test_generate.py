@@ -16,8 +16,7 @@ FEW = ["--max_new_tokens=6"]
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
     monkeypatch.setattr(sys, "argv", ["generate", "--model=tiny:llama", *arguments])
-    monkeypatch.setattr(generate, "_enable_compilation_cache", lambda: None)
-    monkeypatch.setattr(generate, "keep_freed_memory", lambda: None)
+    monkeypatch.setattr(generate.hardware, "prepare", lambda _: None)
     generate.main()
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
@@ -23,7 +22,7 @@ from jaxtune.infer import engine
 from jaxtune.infer.sampling import make_sampling
 from jaxtune.infer.text import cut, settled
 from jaxtune.log import warn
-from jaxtune.nn.params import Policy
+from jaxtune.nn.params import suited_policy
 from jaxtune.nn.stack import stack_sizes
 from jaxtune.sharding import rules
 from jaxtune.sharding.mesh import make_mesh
@@ -204,11 +203,8 @@ def _open(
 ) -> tuple[Skeleton, Params]:
     family = models.family(checkpoint.config.get("model_type"))
     config = family.Config.from_hf(checkpoint.config)
-    on_cpu = mesh.devices.flat[0].platform == "cpu"
-    compute = jnp.dtype(dtype or ("float32" if on_cpu else "bfloat16"))
-    layers = "unroll" if on_cpu else "scan"
-    policy = Policy(param_dtype=compute, compute_dtype=compute, layers=layers)
-    stacks = stack_sizes(config.num_layers, layers)
+    policy = suited_policy(mesh.devices.flat[0].platform, compute_dtype=dtype, remat="none")
+    stacks = stack_sizes(config.num_layers, policy.layers)
 
     def build(adapter: Adapter | None = None) -> nnx.Module:
         model = family.build(config, policy, nnx.Rngs(0))
@@ -218,7 +214,7 @@ def _open(
         return model
 
     skeleton = tree.describe(build)
-    base = _sharded(skeleton, mesh)
+    base = rules.placed(skeleton, mesh)
     params = hf.load_weights(checkpoint, family.WEIGHTS, base, stacks)
     if folder is None:
         return skeleton, params
@@ -226,21 +222,10 @@ def _open(
     for warning in adapter.warnings:
         warn(warning)
     skeleton = tree.describe(lambda: build(adapter))
-    for name, leaf in _sharded(skeleton, mesh).items():
+    for name, leaf in rules.placed(skeleton, mesh).items():
         if name not in params:
             params[name] = to_device(adapter.params[name], leaf.sharding)
     return skeleton, params
-
-
-def _sharded(skeleton: Skeleton, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    return {
-        name: jax.ShapeDtypeStruct(
-            leaf.shape,
-            leaf.dtype,
-            sharding=rules.sharding(leaf.shape, skeleton.axes(name), mesh, name),
-        )
-        for name, leaf in skeleton.abstract().items()
-    }
 
 
 def _stop_ids(checkpoint: Checkpoint, tokenizer: Any) -> frozenset[int]:

@@ -5,6 +5,7 @@ layers. Sharding, adapters and the weight table follow from these names.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
@@ -42,3 +43,25 @@ class Policy:
     attention: str = "xla"
     layers: str = "scan"
     remat: str = "none"
+
+
+def suited_policy(platform: str, **chosen: Any) -> Policy:
+    """A policy with the fields that are `chosen` (None: not chosen) and else what suits a platform.
+
+    Args:
+        platform: "cpu", "gpu" or "tpu".
+        chosen: fields of `Policy`.
+    """
+    on_cpu = platform == "cpu"
+    given = {name: value for name, value in chosen.items() if value is not None}
+    compute = jnp.dtype(given.get("compute_dtype", "float32" if on_cpu else "bfloat16"))
+    # XLA for CPU converts a whole bfloat16 stack to float32 and back at every layer of a scan.
+    layers = "unroll" if on_cpu and compute == jnp.bfloat16 else "scan"
+    fields: dict[str, Any] = {
+        "compute_dtype": compute,
+        "param_dtype": compute,
+        "softmax_dtype": compute,
+    }
+    fields |= {"layers": layers, "remat": "none" if on_cpu else "full"} | given
+    dtypes = {name: jnp.dtype(value) for name, value in fields.items() if name.endswith("dtype")}
+    return Policy(**(fields | dtypes))

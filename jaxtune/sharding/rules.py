@@ -8,7 +8,10 @@ import logging
 import math
 from collections.abc import Mapping
 
+import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxtune.tree import Skeleton
 
 RULES: Mapping[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
@@ -44,6 +47,18 @@ def sharding(
 ) -> NamedSharding:
     """`spec` as a sharding of the mesh."""
     return NamedSharding(mesh, spec(shape, axes, mesh, name))
+
+
+def placed(skeleton: Skeleton, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shape, dtype and sharding of every variable of a model, by name."""
+    return {
+        name: jax.ShapeDtypeStruct(
+            leaf.shape,
+            leaf.dtype,
+            sharding=sharding(leaf.shape, skeleton.axes(name), mesh, name),
+        )
+        for name, leaf in skeleton.abstract().items()
+    }
 
 
 def batch_shards(mesh: Mesh) -> int:

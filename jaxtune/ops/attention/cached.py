@@ -1,0 +1,56 @@
+"""Attention of new tokens to a cache and to one another, for generation.
+
+Scores against the cache and against the new tokens are computed apart and meet in one softmax, so
+the cache is only read: the caller appends to it once, after the last layer. Dense and float32.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from jaxtune.ops.attention.mask import visible
+
+
+def cached_attention(
+    q: jax.Array,
+    new: tuple[jax.Array, jax.Array],
+    cached: tuple[jax.Array, jax.Array],
+    *,
+    segments: tuple[jax.Array, jax.Array],
+    softmax_dtype: DTypeLike = jnp.float32,
+) -> jax.Array:
+    """softmax(q k^T / sqrt(H)) v over the cached keys and, causally, the new ones.
+
+    Args:
+        q: [B, T, N, H].
+        new: keys and values of the same tokens, [B, K, T, H].
+        cached: keys and values of earlier tokens, [B, K, S, H].
+        segments: int32 ids of the new tokens [B, T] and of the cache [B, S]; a token sees keys of
+            its own segment only.
+        softmax_dtype: dtype in which probabilities meet the values.
+
+    Returns:
+        [B, T, N, H] in q's dtype.
+    """
+    b, t, n, h = q.shape
+    kv, s = cached[0].shape[1:3]
+    query_segments, cached_segments = segments
+    grouped = q.reshape(b, t, kv, n // kv, h).transpose(0, 2, 3, 1, 4).reshape(b, kv, -1, h)
+
+    def scores(keys: jax.Array, mask: jax.Array) -> jax.Array:
+        dots = jnp.einsum("bkqh,bksh->bkqs", grouped, keys, preferred_element_type=jnp.float32)
+        dots = dots.reshape(b, kv, n // kv, t, -1) * h**-0.5
+        return jnp.where(mask[:, None, None], dots, -1e30)
+
+    def mix(weights: jax.Array, values: jax.Array) -> jax.Array:
+        weights = weights.reshape(b, kv, -1, weights.shape[-1])
+        return jnp.einsum("bkqs,bksh->bkqh", weights, values, preferred_element_type=jnp.float32)
+
+    index = jnp.arange(t)
+    before = scores(cached[0], query_segments[:, :, None] == cached_segments[:, None, :])
+    among = scores(new[0], visible(index, index, query_segments, query_segments))
+    weights = jax.nn.softmax(jnp.concatenate([before, among], axis=-1), axis=-1)
+    weights = weights.astype(softmax_dtype)
+    y = mix(weights[..., :s], cached[1]) + mix(weights[..., s:], new[1])  # [B, K, G T, H]
+    y = y.reshape(b, kv, n // kv, t, h).transpose(0, 3, 1, 2, 4)
+    return y.reshape(b, t, n, h).astype(q.dtype)
