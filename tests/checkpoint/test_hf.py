@@ -281,11 +281,12 @@ def test_killed_export_shows_nothing_and_can_be_repeated(tmp_path: Path, point: 
 MEMORY_PROGRAM = """
     import resource, sys
     import jax, numpy as np
-    from jaxtune import models, tree
+    from jaxtune import hardware, models, tree
     from jaxtune.checkpoint.hf import load_weights
     from jaxtune.checkpoint.source import open_checkpoint
     from jaxtune.nn.params import Policy
     from flax import nnx
+    hardware.prepare("")
     def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     jax.block_until_ready(jax.numpy.ones(8) + 1)
     checkpoint = open_checkpoint(sys.argv[1])
