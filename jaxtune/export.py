@@ -67,9 +67,8 @@ def export(
         write_adapter(run, params, paths["adapter"])
     if to in ("merged", "both"):
         paths["merged"] = out / "merged" if to == "both" else out
-        tokenizer = data.load_tokenizer(
-            cfg.model.tokenizer or _own_tokenizer(run), template=cfg.data.template
-        )
+        source = cfg.model.tokenizer or run.checkpoint.tokenizer_source
+        tokenizer = data.load_tokenizer(source, template=cfg.data.template)
         size = int(max_shard_gb * 1e9)
         write_merged(run, params, tokenizer, paths["merged"], dtype=dtype, max_shard_bytes=size)
     return paths
@@ -116,11 +115,6 @@ def _layout(step_folder: Path) -> str:
             f"{step_folder / meta.NAME} is damaged ({error}) - choose another step with --step"
         ) from error
     return "unroll" if any("layers.1." in name for name in arrays) else "scan"
-
-
-def _own_tokenizer(run: build.Run) -> str:
-    name = run.checkpoint.name
-    return name if name.startswith("tiny:") else str(run.checkpoint.root)
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:

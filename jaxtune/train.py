@@ -112,9 +112,8 @@ def _describe(cfg: RunConfig) -> tuple[build.Run, Any, data.Loader, data.Dataset
     """Opens everything the run reads, and describes it; no weights are read."""
     mesh = make_mesh(dataclasses.asdict(cfg.mesh))
     checkpoint = open_checkpoint(cfg.model.path, cfg.model.revision)
-    is_tiny = cfg.model.path.startswith("tiny:")
-    own = cfg.model.path if is_tiny else str(checkpoint.root)
-    tokenizer = data.load_tokenizer(cfg.model.tokenizer or own, template=cfg.data.template)
+    source = cfg.model.tokenizer or checkpoint.tokenizer_source
+    tokenizer = data.load_tokenizer(source, template=cfg.data.template)
     train_set, held_out_set = data.load(
         cfg.data, tokenizer, seed=cfg.train.seed, vocab_size=checkpoint.config["vocab_size"]
     )

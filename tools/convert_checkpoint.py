@@ -47,13 +47,12 @@ def to_orbax(name: str, folder: Path) -> None:
         "generation_config": checkpoint.generation_config,
         "tensors": {key: [list(kept[key].shape), kept[key].dtype.name] for key in kept},
     }
-    own = name if name.startswith("tiny:") else str(checkpoint.root)
     with replace_folder(folder, {"kind": "orbax", "base": name}, source=checkpoint.root) as new:
         with ocp.StandardCheckpointer() as writer:
             writer.save(new.resolve() / "params", params)
         write_json(new / "source.json", source)
         try:
-            data.load_tokenizer(own).save_pretrained(str(new / "tokenizer"))
+            data.load_tokenizer(checkpoint.tokenizer_source).save_pretrained(str(new / "tokenizer"))
         except WeightError as error:
             warn(f"without tokenizer: {error}")
 

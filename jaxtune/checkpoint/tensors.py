@@ -49,6 +49,11 @@ class Checkpoint:
     tensors: dict[str, TensorInfo]
     read: Callable[[str], np.ndarray]
 
+    @property
+    def tokenizer_source(self) -> str:
+        """What to load the model's own tokenizer from; `tiny:` models have no files."""
+        return self.name if self.name.startswith("tiny:") else str(self.root)
+
 
 def dtype_from_name(name: str) -> np.dtype:
     """The numpy dtype called `name`; bfloat16 and the float8 types come from ml_dtypes."""

@@ -191,8 +191,8 @@ def load(
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"dtype={dtype!r} - use one of {', '.join(DTYPES)}")
     checkpoint = open_checkpoint(str(path))
-    own = checkpoint.name if checkpoint.name.startswith("tiny:") else str(checkpoint.root)
-    loaded = data.load_tokenizer(str(tokenizer or own), template=template)
+    source = str(tokenizer or checkpoint.tokenizer_source)
+    loaded = data.load_tokenizer(source, template=template)
     mesh = make_mesh({"data": 1}, jax.devices()[:1]) if mesh is None else mesh
     skeleton, params = _open(checkpoint, None if adapter is None else Path(adapter), dtype, mesh)
     return Session(skeleton, params, loaded, _stop_ids(checkpoint, loaded))
