@@ -16,7 +16,7 @@ from typing import NoReturn
 import jax
 
 from jaxtune import build, config, data, optim
-from jaxtune.checkpoint import meta
+from jaxtune.checkpoint.meta import OtherArrays
 from jaxtune.checkpoint.source import open_checkpoint
 from jaxtune.checkpoint.store import Store
 from jaxtune.errors import ConfigError, WeightError, run_command
@@ -88,33 +88,31 @@ def _restore(cfg: RunConfig, folder: Path, step: int | None) -> tuple[build.Run,
     """The run's description on this machine's devices, and what it trained."""
     store = Store(folder, verify=cfg.checkpoint.verify)
     try:
-        steps = store.steps()
-        if not steps:
+        if not store.steps():
             raise WeightError(f"no checkpoint in {folder} - let the run save one first")
-        # The layout of layers is part of the checkpoint; "auto" may mean another one here.
-        layers = _layout(folder / str(steps[-1]))
-        cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, layers=layers))
-        mesh = make_mesh({"data": 1, "fsdp": -1, "tensor": 1})
-        run = build.describe(cfg, mesh, open_checkpoint(cfg.model.path, cfg.model.revision))
-        schedule = optim.make_schedule(cfg.optim, cfg.train.num_steps or 1)
-        tx = optim.make_optimizer(cfg.optim, schedule, build.decayed(run))
-        restored = store.restore(step, build.abstract_state(run, tx))
+        # The layout of layers is part of a checkpoint; "auto" may have meant either.
+        if cfg.model.layers != "auto":
+            return _restore_as(cfg, store, step)
+        scan = dataclasses.replace(cfg.model, layers="scan")
+        unroll = dataclasses.replace(cfg.model, layers="unroll")
+        try:
+            return _restore_as(dataclasses.replace(cfg, model=scan), store, step)
+        except OtherArrays:
+            return _restore_as(dataclasses.replace(cfg, model=unroll), store, step)
     finally:
         store.close()
+
+
+def _restore_as(cfg: RunConfig, store: Store, step: int | None) -> tuple[build.Run, Params]:
+    mesh = make_mesh({"data": 1, "fsdp": -1, "tensor": 1})
+    run = build.describe(cfg, mesh, open_checkpoint(cfg.model.path, cfg.model.revision))
+    schedule = optim.make_schedule(cfg.optim, cfg.train.num_steps or 1)
+    tx = optim.make_optimizer(cfg.optim, schedule, build.decayed(run))
+    restored = store.restore(step, build.abstract_state(run, tx))
     assert restored is not None  # there are steps, and damaged ones raise
     found, state, _ = restored
-    info(f"exporting step {found} of {folder.parent}")
+    info(f"exporting step {found} of {store.folder.parent}")
     return run, build.fill_adapter(run) | state.trainable
-
-
-def _layout(step_folder: Path) -> str:
-    try:
-        arrays = meta.read(step_folder).arrays
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise WeightError(
-            f"{step_folder / meta.NAME} is damaged ({error}) - choose another step with --step"
-        ) from error
-    return "unroll" if any("layers.1." in name for name in arrays) else "scan"
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:

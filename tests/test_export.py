@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from jaxtune import build, config, optim
+from jaxtune.checkpoint.safetensors import read_folder, read_tensor
 from jaxtune.checkpoint.source import open_checkpoint
 from jaxtune.checkpoint.store import Store
 from jaxtune.errors import ConfigError, WeightError
@@ -16,17 +17,21 @@ from jaxtune.schema import Checkpoint, Data, Model, Peft, RunConfig, Train
 from jaxtune.sharding.mesh import make_mesh
 
 
+SMALL: dict[str, Any] = {"rank": 4, "target_modules": ("q_proj", "down_proj")}
+
+
 def run_folder(folder: Path, layers: str = "scan", **peft: Any) -> tuple[Path, dict[str, Any]]:
     """A run's folder with checkpoints of steps 1 and 2, and the parameters of step 2."""
     cfg = RunConfig(
         model=Model(path="tiny:llama", layers=layers),
-        peft=Peft(**{"rank": 4, "target_modules": ("q_proj", "down_proj")} | peft),
+        peft=Peft(**(peft or SMALL)),
         data=Data(train=("rows.jsonl",)),
         train=Train(output_dir=str(folder), num_steps=2),
         checkpoint=Checkpoint(keep_last=2),
     )
     folder.mkdir()
-    (folder / "config.json").write_text(config.to_json(cfg))
+    saved = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, layers="auto"))
+    (folder / "config.json").write_text(config.to_json(saved))
     mesh = make_mesh({"data": 1, "fsdp": 2, "tensor": 1}, jax.devices()[:2])
     run = build.describe(cfg, mesh, open_checkpoint(cfg.model.path))
     schedule = optim.make_schedule(cfg.optim, 2)
@@ -77,6 +82,30 @@ def test_chosen_step(tmp_path: Path):
     assert older.read_bytes() != newer.read_bytes() == again.read_bytes()
     with pytest.raises(WeightError, match="no checkpoint of step 9"):
         export(run, tmp_path / "out", step=9)
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+def test_unrolled_run_with_one_adapted_layer(tmp_path: Path, layer: int):
+    run, params = run_folder(tmp_path / "run", "unroll", **SMALL, layers_to_transform=(layer,))
+    folder = export(run, tmp_path / "out")["adapter"]
+    tensors = read_folder(folder)
+    name = f"base_model.model.model.layers.{layer}.self_attn.q_proj.lora_A.weight"
+    a = params[f"layers.{layer}.attn.q_proj.adapter.a"][0]
+    np.testing.assert_array_equal(read_tensor(tensors[name]), a.T)
+    assert all(f".layers.{layer}." in name for name in tensors)
+
+
+@pytest.mark.parametrize("layers", ["scan", "unroll"])
+def test_damaged_newest_step(tmp_path: Path, layers: str):
+    run, _ = run_folder(tmp_path / "run", layers)
+    files = [tmp_path / name / "adapter_model.safetensors" for name in ("a", "b", "c")]
+    export(run, files[0].parent, step=1)
+    (run / "checkpoints" / "2" / "meta.json").write_text("{")
+    export(run, files[1].parent, step=1)
+    export(run, files[2].parent)  # falls back to step 1
+    assert len({file.read_bytes() for file in files}) == 1
+    with pytest.raises(WeightError, match=r"step 2: meta\.json"):
+        export(run, tmp_path / "out", step=2)
 
 
 def test_full_fine_tuning(tmp_path: Path):

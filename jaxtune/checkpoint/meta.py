@@ -19,6 +19,10 @@ NAME = "meta.json"
 FORMAT_VERSION = 1
 
 
+class OtherArrays(WeightError):
+    """A whole checkpoint, but its arrays are not the ones that were asked for."""
+
+
 @dataclass(frozen=True, slots=True)
 class Meta:
     """The content of `meta.json`.
@@ -81,14 +85,14 @@ def forms(arrays: dict[str, Any]) -> dict[str, str]:
 
 
 def check_same(step_folder: Path, saved: dict[str, str], wanted: dict[str, str]) -> None:
-    """Raises WeightError unless paths, shapes and dtypes agree."""
+    """Raises `OtherArrays` unless paths, shapes and dtypes agree."""
     differing = [
         f"{name}: saved {saved.get(name, 'nothing')}, this run {wanted.get(name, 'nothing')}"
         for name in sorted(saved.keys() | wanted.keys())
         if saved.get(name) != wanted.get(name)
     ]
     if differing:
-        raise WeightError(
+        raise OtherArrays(
             f"{step_folder} is of another model, adapter or optimizer; {len(differing)} arrays "
             f"differ:{listing(differing, 5)}\n- use the configuration of that run, or another "
             "train.output_dir"
