@@ -16,7 +16,6 @@ from jaxtune.export import export, parse_arguments
 from jaxtune.schema import Checkpoint, Data, Model, Peft, RunConfig, Train
 from jaxtune.sharding.mesh import make_mesh
 
-
 SMALL: dict[str, Any] = {"rank": 4, "target_modules": ("q_proj", "down_proj")}
 
 
