@@ -25,6 +25,7 @@ def get_config():
     c.train.micro_batch_size = 1
     c.eval.exact_match = True
     c.eval.max_new_tokens = 48
+    c.checkpoint.every_steps = 20
     c.checkpoint.export_merged = True
     c.train.output_dir = "runs/lora_llama"
     return c

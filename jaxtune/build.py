@@ -112,8 +112,7 @@ def describe(config: RunConfig, mesh: Mesh, checkpoint: Checkpoint) -> Run:
         WeightError: the checkpoint's config.json is of no known family, or the adapter does not
         fit. ConfigError: adapter targets match nothing.
     """
-    family = models.family(checkpoint.config.get("model_type"))
-    model_config = family.Config.from_hf(checkpoint.config)
+    family, model_config = models.read_config(checkpoint.config, checkpoint.name)
     platform = mesh.devices.flat[0].platform
     policy = resolve_policy(config.model, config.peft.method, platform)
     stacks = stack_sizes(model_config.num_layers, policy.layers)

@@ -6,6 +6,7 @@ fields (`--config.peft.rank=8`). `resolve` checks every value against the schema
 editable tree into frozen dataclasses.
 """
 
+import ast
 import dataclasses
 import difflib
 import importlib.util
@@ -134,10 +135,33 @@ def _contradictions(config: RunConfig) -> list[str]:
         problems.append("config.eval needs held-out rows - set data.eval or data.eval_fraction")
     if c.train.num_steps is None and c.train.num_epochs == 0:
         problems.append("config.train: set num_steps, or num_epochs above 0")
+    problems += _unread(c)
     axes = dataclasses.asdict(c.mesh)
     problems += [f"config.mesh.{name}=0: must be -1 or >= 1" for name, n in axes.items() if n == 0]
     if list(axes.values()).count(-1) > 1:
         problems.append("config.mesh: only one axis may be -1")
+    return problems
+
+
+def _unread(c: RunConfig) -> list[str]:
+    """Fields that were set although another field makes sure that nobody reads them."""
+    shape = ("rank", "alpha", "rslora", "target_modules", "exclude_modules", "layers_to_transform")
+    rules = (
+        (c.peft.method == "full", "peft", (*shape, "dropout"), "peft.method=full has no adapters"),
+        (c.peft.adapter is not None, "peft", shape, "peft.adapter brings its own"),
+        (c.data.packing, "data", ("pad_to",), "data.packing fills rows of max_seq_len"),
+        (c.data.on_bad_row == "error", "data", ("max_bad_fraction",), "needs on_bad_row=skip"),
+        (c.train.num_steps is not None, "train", ("num_epochs",), "train.num_steps decides"),
+        (c.optim.schedule == "constant", "optim", ("min_lr_ratio",), "optim.schedule is constant"),
+        (not c.eval.exact_match, "eval", ("max_rows", "max_new_tokens"), "needs eval.exact_match"),
+    )
+    problems = []
+    for applies, section, names, why in rules:
+        given, default = getattr(c, section), getattr(RunConfig(), section)
+        for name in names:
+            if applies and getattr(given, name) != getattr(default, name):
+                value = getattr(given, name)
+                problems.append(f"config.{section}.{name}={value!r} would be ignored: {why}")
     return problems
 
 
@@ -261,11 +285,22 @@ def _override(tree: Any, key: str, text: str) -> None:
         value: Any = None
     elif _value_type(hint) is tuple:
         item = typing.get_args(hint)[0]
-        parts = text.strip("()").split(",")
-        value = tuple(_parse(key, part.strip(" '\""), item) for part in parts if part.strip())
+        value = tuple(_parse(key, part, item) for part in _parts(text))
     else:
         value = _parse(key, text, _value_type(hint))
     tree[section][name] = value
+
+
+def _parts(text: str) -> list[str]:
+    """Items of `a,b` or of a Python tuple or list, whose quoted items may hold commas."""
+    if text[:1] in ("(", "["):
+        try:
+            literal = ast.literal_eval(text)
+            items = literal if isinstance(literal, (tuple, list)) else [literal]
+            return [str(item) for item in items]
+        except (ValueError, SyntaxError):
+            pass  # a regular expression may begin with a bracket
+    return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def _parse(key: str, text: str, kind: type) -> Any:

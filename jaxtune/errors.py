@@ -5,10 +5,12 @@ A command wraps its body in `run_command`, which prints one line,
 or for errors that are ours (exit code 1).
 """
 
+import errno
 import os
 import sys
 import traceback
 from collections.abc import Callable, Iterable
+from typing import NoReturn
 
 
 class JaxtuneError(Exception):
@@ -68,20 +70,35 @@ def listing(lines: Iterable[str], limit: int = 20) -> str:
     return "".join(shown)
 
 
+# What the disk answers when it is full, read-only, broken or not ours.
+_DISK_ERRORS = ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EIO", "EACCES", "EPERM")
+
+
 def run_command(main: Callable[[], None]) -> None:
-    """Runs a command's body and turns a `JaxtuneError` into one line and its exit code."""
+    """Runs a command's body and turns an error of the user's into one line and its exit code."""
     debug = "--debug" in sys.argv
     if debug:
         sys.argv.remove("--debug")
     try:
         main()
     except JaxtuneError as error:
-        if debug:
-            traceback.print_exc()
-        sys.stdout.flush()
-        sys.stderr.write(f"jaxtune: error: {error}\n")
-        sys.stderr.flush()
-        # Background threads (prefetch, async save) may be blocked on what just failed.
-        os._exit(error.exit_code)
+        _exit(error.exit_code, str(error), debug)
     except BrokenPipeError:
         os._exit(0)
+    except KeyboardInterrupt:
+        _exit(130, "interrupted", debug)
+    except OSError as error:
+        if errno.errorcode.get(error.errno or 0) not in _DISK_ERRORS:
+            raise
+        text = f"{error.filename or 'a file'}: {error.strerror} - make room or choose another place"
+        _exit(StorageError.exit_code, text, debug)
+
+
+def _exit(code: int, text: str, debug: bool) -> NoReturn:
+    if debug:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.write(f"jaxtune: error: {text}\n")
+    sys.stderr.flush()
+    # Not sys.exit: background threads (prefetch, async save) may be blocked on what just failed.
+    os._exit(code)

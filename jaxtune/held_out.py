@@ -9,7 +9,7 @@ from typing import Any
 from jaxtune import data
 from jaxtune.build import Run
 from jaxtune.infer import Sampling, generate
-from jaxtune.log import Log
+from jaxtune.log import Log, read_rows, warn
 from jaxtune.sharding.rules import batch_shards
 from jaxtune.step import make_eval_step
 from jaxtune.tree import Params
@@ -31,12 +31,11 @@ class HeldOut:
         self._run, self._tokenizer, self._dataset = run, tokenizer, dataset
         self._frozen, self._log = frozen, log
         self._eval_step = make_eval_step(run.skeleton, run.objective)
-        self._answers: list[list[str]] = []
+        self._measured_at = -1
 
-    @property
-    def loss(self) -> float | None:
-        """The newest held-out loss, by which the best checkpoint is chosen."""
-        return self.last.get("eval_loss")
+    def loss_at(self, step: int) -> float | None:
+        """The held-out loss, by which the best checkpoint is chosen, if it was measured now."""
+        return self.last["eval_loss"] if self._measured_at == step else None
 
     def measure(self, step: int, trainable: Params) -> None:
         """Loss, perplexity and token accuracy over all held-out rows."""
@@ -49,6 +48,7 @@ class HeldOut:
             weight += float(sums["weight"])
             correct += float(sums["correct"])
         mean = loss / max(weight, 1e-8)
+        self._measured_at = step
         self._record(
             step,
             {
@@ -64,11 +64,15 @@ class HeldOut:
         loader = data.make_loader(dataset, config.data, rows=rows, seed=config.train.seed)
         return map(self._run.put, loader.one_pass())
 
-    def answer(self, step: int, trainable: Params) -> None:
-        """Generates the last answer of each held-out row and counts the exact ones."""
+    def answer(self, step: int, trainable: Params) -> dict[str, Path]:
+        """Generates the last answer of each held-out row and counts the exact ones.
+
+        Returns:
+            {"samples": file with all answers}, or {} if the config does not ask for it.
+        """
         config = self._run.config.eval
         if not config.exact_match or self._dataset is None:
-            return
+            return {}
         rows = self._rows()
         self._log.say(f"answering {len(rows)} held-out rows ...")
         prompts = [data.prompt_ids(self._tokenizer, messages).tolist() for messages, _ in rows]
@@ -86,8 +90,8 @@ class HeldOut:
             answer.strip() == right.strip()
             for answer, (_, right) in zip(answers, rows, strict=True)
         ]
-        self._answers.append(answers)
         self._record(step, {"exact_match": sum(exact) / len(exact)})
+        return self._write_samples("answer" if step else "answer_before", answers)
 
     def _rows(self) -> list[tuple[tuple[data.Message, ...], str]]:
         """The messages before the last answer, and that answer, of the measured rows."""
@@ -95,18 +99,24 @@ class HeldOut:
         examples = self._dataset.examples
         return [data.split_answer(e) for e in examples[: self._run.config.eval.max_rows or None]]
 
-    def write_samples(self, path: Path) -> dict[str, Path]:
-        """Writes every answer (before training, where there is one, and after) and shows a few."""
-        if not self._answers:
+    def _write_samples(self, field: str, answers: list[str]) -> dict[str, Path]:
+        """Adds a field to the rows of samples.jsonl; after training, shows a few rows."""
+        path = Path(self._run.config.train.output_dir) / "samples.jsonl"
+        samples = [
+            {"prompt": messages[-1].content, "reference": right, field: answer}
+            for (messages, right), answer in zip(self._rows(), answers, strict=True)
+        ]
+        if field == "answer" and path.exists():
+            before = {row["prompt"]: row.get("answer_before") for row in read_rows(path)}
+            samples = [row | {"answer_before": before.get(row["prompt"])} for row in samples]
+        try:
+            lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in samples]
+            path.write_text("".join(lines), encoding="utf-8")
+        except OSError as error:
+            warn(f"samples.jsonl cannot be written ({error})")
             return {}
-        before, after = self._answers[0], self._answers[-1]
-        with path.open("w", encoding="utf-8") as file:
-            for i, (messages, right) in enumerate(self._rows()):
-                row = {"prompt": messages[-1].content, "reference": right, "answer": after[i]}
-                row |= {"answer_before": before[i]} if len(self._answers) > 1 else {}
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-                if i < SHOWN:
-                    self._log.say("\n".join(f"  {name}: {text}" for name, text in row.items()))
+        for row in samples[:SHOWN] if field == "answer" else []:
+            self._log.say("\n".join(f"  {name}: {text}" for name, text in row.items()))
         return {"samples": path}
 
     def _record(self, step: int, row: dict[str, float]) -> None:

@@ -168,21 +168,27 @@ class _Bar:
 
 
 def _jsonl_writer(path: Path, start: int) -> Writer:
-    kept = [row for row in read_metrics(path) if row["step"] <= start]
-    path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+    """Appends rows, each once: what a resumed run measures again is there already."""
+    kept = [row for row in read_rows(path) if start and row["step"] <= start]
+    partial = path.with_suffix(".part")
+    partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
+    partial.replace(path)
+    known = {(row["step"], *row) for row in kept if row["split"] == "eval"}
 
     def write(step: int, split: str, metrics: Mapping[str, float]) -> None:
         row = {"step": step, "split": split} | {
             name: value if math.isfinite(value) else None for name, value in metrics.items()
         }
+        if (step, *row) in known:
+            return
         with path.open("a") as file:
             file.write(json.dumps(row) + "\n")
 
     return Writer(write)
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Rows of a metrics.jsonl; a last line cut off by a crash is left out."""
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows of one of our .jsonl files; a last line cut off by a crash is left out."""
     rows = []
     for line in path.read_bytes().split(b"\n") if path.exists() else []:
         try:
@@ -195,7 +201,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def _tensorboard_writer(folder: Path, start: int) -> Writer:
     from tensorboardX import SummaryWriter
 
-    events = SummaryWriter(str(folder), purge_step=start + 1 if start else None)
+    events = SummaryWriter(str(folder), purge_step=start + 1)
 
     def write(step: int, split: str, metrics: Mapping[str, float]) -> None:
         for name, value in metrics.items():
@@ -212,7 +218,7 @@ def plot_losses(metrics: Path, picture: Path) -> Path:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8, 5))
-    rows = [row for row in read_metrics(metrics) if row.get("loss") is not None]
+    rows = [row for row in read_rows(metrics) if row.get("loss") is not None]
     for split, style in (("train", "-"), ("eval", "o--")):
         points = [(row["step"], row["loss"]) for row in rows if row["split"] == split]
         if points:

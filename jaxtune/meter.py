@@ -56,10 +56,14 @@ class Meter:
             self._write(step, row)
         if row["bad_steps"] >= self._max_bad_steps:
             raise NumericsError(
-                f"{row['bad_steps']:.0f} steps in a row up to step {step} were not finite - the "
-                "last good checkpoint is kept; lower optim.learning_rate or look at the data, "
-                "then start the same command"
+                f"{row['bad_steps']:.0f} steps in a row up to step {step} were not finite; each "
+                "was skipped - lower optim.learning_rate or look at the data, then start the same "
+                "command, which goes on from the newest checkpoint"
             )
+
+    def restart_clock(self) -> None:
+        """Leaves the time since the last row (an evaluation, a save) out of the speed."""
+        self._clock = time.monotonic()
 
     def _write(self, step: int, row: dict[str, float]) -> None:
         now = time.monotonic()

@@ -223,7 +223,7 @@ class Eval:
 class Checkpoint:
     """Saved states, resume and exports."""
 
-    every_steps: int = _field(0, "optimizer steps between checkpoints; 0: only at the end", low=0)
+    every_steps: int = _field(100, "optimizer steps between checkpoints; 0: only at the end", low=0)
     keep_last: int = _field(2, "newest checkpoints kept", low=1)
     keep_best: int = _field(0, "checkpoints with the lowest eval loss kept besides", low=0)
     resume: str = _field("auto", "auto: newest good checkpoint; never: start anew; or a step")

@@ -47,12 +47,16 @@ class Result:
     paths: dict[str, Path]
 
 
-def train(cfg: RunConfig) -> Result:
+def train(cfg: Any) -> Result:
     """Fine-tunes as the config says, going on from the newest good checkpoint if there is one.
+
+    Args:
+        cfg: `config.default()` with changes, or a resolved `RunConfig`.
 
     Raises:
         JaxtuneError: its subclass for whatever a user can cause, before weights load if possible.
     """
+    cfg = config.resolve(dataclasses.asdict(cfg) if isinstance(cfg, RunConfig) else cfg)
     hardware.prepare(cfg.train.compilation_cache)
     folder = Path(cfg.train.output_dir)
     with RunLock(folder), StopSignal() as stop, ExitStack() as cleanup:
@@ -85,22 +89,25 @@ def train(cfg: RunConfig) -> Result:
             meter.add(step, metrics, batch)
             fault("step_post", step)
             stopping, last = stop.received is not None, step == num_steps
-            if last or _every(step, cfg.eval.every_steps):
+            if last or not stopping and _every(step, cfg.eval.every_steps):
                 meter.flush()
                 held_out.measure(step, state.trainable)
+                meter.restart_clock()
             if last or stopping or _every(step, cfg.checkpoint.every_steps):
                 meter.flush()
-                store.save(step, state, position, held_out.loss, final=last or stopping)
+                metric = held_out.loss_at(step)
+                store.save(step, state, position, metric, final=last or stopping)
+                meter.restart_clock()
             if stopping and not last:
+                how = "" if cfg.checkpoint.resume == "auto" else " with checkpoint.resume=auto"
                 raise stop.error(
-                    f"stopped after step {step}, state saved - start the same command to go on"
+                    f"stopped after step {step}, state saved - start the same command{how}"
                 )
         if start >= num_steps:
             log.say(f"already at step {start} of {num_steps}: nothing left to train")
             held_out.measure(start, state.trainable)
-        held_out.answer(num_steps, state.trainable)
         paths = {"metrics": log.path, "checkpoints": store.folder, **log.plot()}
-        paths |= held_out.write_samples(folder / "samples.jsonl")
+        paths |= held_out.answer(num_steps, state.trainable)
         paths |= write_results(run, {**frozen, **state.trainable}, tokenizer, folder)
         metrics = {**meter.last, **held_out.last, "failed_saves": float(store.failed_saves)}
     for what, path in paths.items():
@@ -112,10 +119,12 @@ def _describe(cfg: RunConfig) -> tuple[build.Run, Any, data.Loader, data.Dataset
     """Opens everything the run reads, and describes it; no weights are read."""
     mesh = make_mesh(dataclasses.asdict(cfg.mesh))
     checkpoint = open_checkpoint(cfg.model.path, cfg.model.revision)
+    run = build.describe(cfg, mesh, checkpoint)
     source = cfg.model.tokenizer or checkpoint.tokenizer_source
     tokenizer = data.load_tokenizer(source, template=cfg.data.template)
+    vocab_size = run.model_config.vocab_size
     train_set, held_out_set = data.load(
-        cfg.data, tokenizer, seed=cfg.train.seed, vocab_size=checkpoint.config["vocab_size"]
+        cfg.data, tokenizer, seed=cfg.train.seed, vocab_size=vocab_size
     )
     batches = data.make_loader(
         train_set,
@@ -124,7 +133,7 @@ def _describe(cfg: RunConfig) -> tuple[build.Run, Any, data.Loader, data.Dataset
         accumulation=cfg.train.gradient_accumulation_steps,
         seed=cfg.train.seed,
     )
-    return build.describe(cfg, mesh, checkpoint), tokenizer, batches, held_out_set
+    return run, tokenizer, batches, held_out_set
 
 
 def _fill(run: build.Run, tx: Any, store: Store) -> tuple[TrainState, Params, int, dict | None]:
@@ -211,7 +220,7 @@ def main() -> None:
 class _CallableModule(types.ModuleType):
     """`jaxtune.train` names this file and the API's function: calling the module trains."""
 
-    def __call__(self, cfg: RunConfig) -> Result:
+    def __call__(self, cfg: Any) -> Result:
         return train(cfg)
 
 

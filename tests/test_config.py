@@ -241,3 +241,45 @@ def test_to_json_is_plain_json(tmp_path: Path):
     fields = json.loads(config.to_json(parse(tmp_path)))
     assert list(fields) == list(schema.sections())
     assert fields["data"]["train"] == ["rows.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("override", "why"),
+    [
+        ("peft.method=full --config.peft.rank=4", "peft.rank=4 would be ignored"),
+        ("data.pad_to=longest", "data.packing fills rows"),
+        ("data.max_bad_fraction=0.5", "on_bad_row=skip"),
+        ("eval.max_new_tokens=9", "eval.exact_match"),
+        ("optim.schedule=constant --config.optim.min_lr_ratio=0.1", "is constant"),
+        ("peft.adapter=x --config.peft.alpha=3", "brings its own"),
+    ],
+)
+def test_options_that_nobody_would_read_are_refused(tmp_path: Path, override: str, why: str):
+    path = tmp_path / "run.py"
+    path.write_text(
+        "from jaxtune import config\ndef get_config():\n"
+        "    c = config.default(); c.data.train = ('a.jsonl',); return c\n"
+    )
+    arguments = f"--config={path} --config.{override}".split()
+    with pytest.raises(ConfigError, match=why):
+        config.parse_arguments(arguments)
+
+
+@pytest.mark.parametrize(
+    ("text", "items"),
+    [
+        ("q_proj,v_proj", ("q_proj", "v_proj")),
+        ("('q_proj', 'v_proj')", ("q_proj", "v_proj")),
+        ("(q|k)_proj", ("(q|k)_proj",)),
+        (r"['layers\\.\\d{1,2}\\.mlp.*']", (r"layers\.\d{1,2}\.mlp.*",)),
+    ],
+)
+def test_tuples_on_the_command_line(tmp_path: Path, text: str, items: tuple[str, ...]):
+    path = tmp_path / "run.py"
+    path.write_text(
+        "from jaxtune import config\ndef get_config():\n"
+        "    c = config.default(); c.data.train = ('a.jsonl',); return c\n"
+    )
+    argument = f"--config.peft.target_modules={text}"
+    resolved = config.parse_arguments([f"--config={path}", argument])
+    assert resolved.peft.target_modules == items

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from jaxtune.log import Log, every_few_seconds, plot_losses, read_metrics
+from jaxtune.log import Log, every_few_seconds, plot_losses, read_rows
 from jaxtune.schema import Log as LogConfig
 
 PLAIN = LogConfig(progress="plain", tensorboard=False, plot=False)
@@ -97,8 +97,8 @@ def test_plot_of_nothing(tmp_path: Path):
     assert (tmp_path / "loss.png").stat().st_size > 1000
 
 
-def test_read_metrics_of_no_file(tmp_path: Path):
-    assert read_metrics(tmp_path / "absent.jsonl") == []
+def test_rows_of_no_file(tmp_path: Path):
+    assert read_rows(tmp_path / "absent.jsonl") == []
 
 
 def test_every_few_seconds(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):

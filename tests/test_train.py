@@ -200,7 +200,9 @@ def test_an_imported_adapter_goes_on(finished: Finished, capsys: pytest.CaptureF
 
 
 def test_full_fine_tuning(tmp_path: Path):
-    result = train(run_config(tmp_path, "run", peft={"method": "full"}, train={"num_steps": 3}))
+    result = train(
+        run_config(tmp_path, "run", peft={"method": "full", "rank": 16}, train={"num_steps": 3})
+    )
     rows = [json.loads(line) for line in result.paths["metrics"].read_text().splitlines()]
     assert rows[2]["loss"] < rows[0]["loss"]
     assert set(result.paths) == {"metrics", "checkpoints", "merged"}
@@ -350,7 +352,7 @@ def test_adapter_for_another_base(
     model = copied(base_folder, tmp_path / "model")
     fields = json.loads((model / "config.json").read_text()) | {"intermediate_size": 80}
     (model / "config.json").write_text(json.dumps(fields))
-    code, err = command(f"model.path={model}", f"peft.adapter={adapter}")
+    code, err = command(f"model.path={model}", f"peft.adapter={adapter}", "peft.rank=16")
     assert code == 4 and "wrong shape: base_model.model.model.layers.0.mlp.down_proj" in err
     assert "Traceback" not in err
 

@@ -46,14 +46,11 @@ PROBE = Example(
 )
 
 
-def load_tokenizer(
-    path: str, *, revision: str | None = None, template: str | None = None
-) -> "PreTrainedTokenizerFast":
+def load_tokenizer(path: str, *, template: str | None = None) -> "PreTrainedTokenizerFast":
     """Loads the tokenizer of a folder, a .gguf file or a hub id; `tiny:...` gives a byte tokenizer.
 
     Args:
         path: where the tokenizer is.
-        revision: branch, tag or commit of a hub id.
         template: name of a built-in chat template that replaces the tokenizer's own.
 
     Raises:
@@ -65,7 +62,7 @@ def load_tokenizer(
     elif Path(path).expanduser().is_file():
         tokenizer = _from_gguf(Path(path).expanduser())
     else:
-        tokenizer = _from_pretrained(path, revision)
+        tokenizer = _from_pretrained(path)
     if template is not None:
         tokenizer.chat_template = _built_in(tokenizer, template)
     return tokenizer
@@ -85,7 +82,7 @@ def _from_gguf(path: Path) -> "PreTrainedTokenizerFast":
     return tokenizer
 
 
-def _from_pretrained(path: str, revision: str | None) -> "PreTrainedTokenizerFast":
+def _from_pretrained(path: str) -> "PreTrainedTokenizerFast":
     folder = Path(path).expanduser()
     is_folder = folder.is_dir()
     try:
@@ -97,7 +94,7 @@ def _from_pretrained(path: str, revision: str | None) -> "PreTrainedTokenizerFas
             from transformers import AutoTokenizer as Loader
         tokenizer: Any = Loader.from_pretrained(
             str(folder) if is_folder else path,
-            revision=revision or "main",
+            revision="main",
             trust_remote_code=False,
             local_files_only=is_folder,
         )

@@ -201,8 +201,7 @@ def load(
 def _open(
     checkpoint: Checkpoint, folder: Path | None, dtype: str | None, mesh: Mesh
 ) -> tuple[Skeleton, Params]:
-    family = models.family(checkpoint.config.get("model_type"))
-    config = family.Config.from_hf(checkpoint.config)
+    family, config = models.read_config(checkpoint.config, checkpoint.name)
     policy = suited_policy(mesh.devices.flat[0].platform, compute_dtype=dtype, remat="none")
     stacks = stack_sizes(config.num_layers, policy.layers)
 

@@ -1,6 +1,7 @@
 """Model families: one file each, found by the `model_type` of config.json."""
 
 import importlib
+from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
@@ -16,3 +17,16 @@ def family(model_type: Any) -> ModuleType:
         known = ", ".join(sorted(FAMILIES))
         raise WeightError(f"model_type {model_type!r} is not supported - supported: {known}")
     return importlib.import_module(f"jaxtune.models.{FAMILIES[model_type]}")
+
+
+def read_config(hf: Mapping[str, Any], name: str) -> tuple[ModuleType, Any]:
+    """The family's module and its config, from a model's config.json.
+
+    Raises:
+        WeightError: the family is unknown, or the file lacks a field that it needs.
+    """
+    module = family(hf.get("model_type"))
+    try:
+        return module, module.Config.from_hf(hf)
+    except KeyError as error:
+        raise WeightError(f"{name}: config.json has no {error} - is it complete?") from error

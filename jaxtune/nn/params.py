@@ -63,5 +63,7 @@ def suited_policy(platform: str, **chosen: Any) -> Policy:
         "softmax_dtype": compute,
     }
     fields |= {"layers": layers, "remat": "none" if on_cpu else "full"} | given
-    dtypes = {name: jnp.dtype(value) for name, value in fields.items() if name.endswith("dtype")}
+    dtypes: dict[str, Any] = {
+        name: jnp.dtype(value) for name, value in fields.items() if name.endswith("dtype")
+    }
     return Policy(**(fields | dtypes))
