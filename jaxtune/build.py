@@ -1,7 +1,8 @@
 """From a config to a described run, and from a description to arrays.
 
-`describe` knows every shape, dtype and sharding and makes no array; `fill` makes them. Below this
-file nobody looks at the config.
+`describe` knows every shape, dtype and sharding and makes no array; `fill_base`, `fill_adapter` and
+`initial_state` make them. Models and the maths below never see the config: they get a `Policy`, and
+adapter methods a config of their own.
 """
 
 import dataclasses
