@@ -17,6 +17,7 @@ import jax
 
 from jaxtune import build, config, data, optim
 from jaxtune.checkpoint.meta import OtherArrays
+from jaxtune.checkpoint.safetensors import shard_bytes
 from jaxtune.checkpoint.source import open_checkpoint
 from jaxtune.checkpoint.store import Store
 from jaxtune.errors import ConfigError, WeightError, run_command
@@ -53,10 +54,11 @@ def export(
         The folders written, by what they are.
 
     Raises:
-        ConfigError: not a run's folder, or there is no adapter to export.
+        ConfigError: not a run's folder, no adapter to export, or no size of shards.
         WeightError: no usable checkpoint, or the base model is gone or differs.
         StorageError: `out` cannot be written.
     """
+    size = shard_bytes(max_shard_gb)
     cfg = _read_config(run_folder)
     if cfg.peft.method == "full" and to != "merged":
         raise ConfigError(f"{run_folder} trained the whole model - use --to=merged")
@@ -69,7 +71,6 @@ def export(
         paths["merged"] = out / "merged" if to == "both" else out
         source = cfg.model.tokenizer or run.checkpoint.tokenizer_source
         tokenizer = data.load_tokenizer(source, template=cfg.data.template)
-        size = int(max_shard_gb * 1e9)
         write_merged(run, params, tokenizer, paths["merged"], dtype=dtype, max_shard_bytes=size)
     return paths
 
@@ -135,10 +136,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         raise ConfigError(f"{message} - see python -m jaxtune.export --help")
 
     parser.error = fail
-    arguments = parser.parse_args(argv)
-    if not 0 < arguments.max_shard_gb < float("inf"):
-        raise ConfigError(f"--max_shard_gb={arguments.max_shard_gb:g} must be above 0")
-    return arguments
+    return parser.parse_args(argv)
 
 
 def main() -> None:

@@ -1,10 +1,12 @@
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from jaxtune.checkpoint.source import open_checkpoint
-from jaxtune.errors import WeightError
+from jaxtune.errors import ConfigError, WeightError
+from tests.checkpoint import states
 from tools import convert_checkpoint
 
 
@@ -31,6 +33,45 @@ def test_inspect_lists_every_tensor(capsys: pytest.CaptureFixture[str]):
     output = capsys.readouterr().out
     assert "model_type: llama" in output
     assert "model.layers.2.mlp.down_proj.weight  float32[32, 64]" in output
+
+
+@pytest.mark.parametrize("part", ["params", "source.json"])
+def test_damaged_orbax_folder(tmp_path: Path, part: str):
+    convert_checkpoint.to_orbax("tiny:llama", tmp_path / "orbax")
+    files = [path for path in (tmp_path / "orbax").rglob("*") if path.is_file()]
+    largest = max((p for p in files if part in p.parts), key=lambda path: path.stat().st_size)
+    states.damage(largest, "flip")
+    with pytest.raises(WeightError, match="orbax"):
+        convert_checkpoint.to_hf(tmp_path / "orbax", tmp_path / "out", None, 5.0)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_reads_back_differently_gets_no_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    read = convert_checkpoint._read_params
+
+    def changed(folder: Path, abstract: dict) -> dict:
+        params = read(folder, abstract)
+        return params | {"norm.scale": params["norm.scale"].at[3].add(1e-3)}
+
+    monkeypatch.setattr(convert_checkpoint, "_read_params", changed)
+    with pytest.raises(WeightError, match="reads back differently"):
+        convert_checkpoint.to_orbax("tiny:llama", tmp_path / "orbax")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["to_hf", "a", "b", "--max_shard_gb=0"], "max_shard_gb=0"),
+        (["to_hf", "a", "b", "--max_shard_gb=nan"], "max_shard_gb=nan"),
+        (["inspect", "tiny:llama", "--revision=main"], "revision=main is for hub ids"),
+        (["to_orbax", "tiny:llama", "a", "--revision=v1"], "revision=v1 is for hub ids"),
+    ],
+)
+def test_wrong_arguments(arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sys, "argv", ["convert_checkpoint.py", *arguments])
+    with pytest.raises(ConfigError, match=message):
+        convert_checkpoint.main()
 
 
 def test_folder_that_is_not_orbax(tmp_path: Path):

@@ -127,13 +127,18 @@ def test_folders_that_are_no_run(tmp_path: Path):
         export(run, tmp_path / "out")
 
 
+@pytest.mark.parametrize("size", [0.0, -1.0, float("nan"), float("inf"), 1e300])
+def test_shard_sizes_that_are_none(tmp_path: Path, size: float):
+    with pytest.raises(ConfigError, match="max_shard_gb=.* above 0"):
+        export(tmp_path, tmp_path / "out", max_shard_gb=size)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--run=a"], "required: --out"),
         (["--run=a", "--out=b", "--to=onnx"], "invalid choice: 'onnx'"),
         (["--run=a", "--out=b", "--dtyp=float32"], "unrecognized arguments: --dtyp"),
-        (["--run=a", "--out=b", "--max_shard_gb=0"], "must be above 0"),
         (["--run=a", "--out=b", "--step=last"], "invalid int value"),
     ],
 )

@@ -1,16 +1,20 @@
 """Converts models between Hugging Face files (or GGUF) and orbax, and looks into them.
 
-python tools/convert_checkpoint.py to_orbax MODEL FOLDER   MODEL as for config.model.path
+python tools/convert_checkpoint.py to_orbax MODEL FOLDER   MODEL as for config.model.path;
+                                   [--revision=branch, tag or commit of a hub id]
 python tools/convert_checkpoint.py to_hf FOLDER OUT        FOLDER as written by to_orbax;
                                    [--dtype=float32|bfloat16|float16] [--max_shard_gb=5]
-python tools/convert_checkpoint.py inspect MODEL           config, tensors, bytes by dtype
+python tools/convert_checkpoint.py inspect MODEL           config, tensors, bytes by dtype;
+                                   [--revision=...]
 
 An orbax folder holds `params/` (our parameters by dotted path, layers stacked), `source.json` (the
-Hugging Face config and the dtype of each tensor) and `tokenizer/`. There and back is bitwise equal.
+Hugging Face config and the dtype of each tensor), `tokenizer/` and `manifest.json` (checksums).
+There and back is bitwise equal; what was written is read back before a folder gets its name.
 """
 
 import argparse
 import collections
+import hashlib
 import json
 import sys
 from pathlib import Path
@@ -22,18 +26,26 @@ import orbax.checkpoint as ocp
 from flax import nnx
 
 from jaxtune import data, models, tree
+from jaxtune.checkpoint import manifest
 from jaxtune.checkpoint.folder import replace_folder
 from jaxtune.checkpoint.hf import Place, load_weights, places, save_model, write_json
+from jaxtune.checkpoint.safetensors import shard_bytes
 from jaxtune.checkpoint.source import open_checkpoint
-from jaxtune.checkpoint.tensors import Checkpoint, TensorInfo, dtype_from_name
+from jaxtune.checkpoint.tensors import Checkpoint, TensorInfo, as_bytes, dtype_from_name
 from jaxtune.errors import ConfigError, WeightError, run_command
 from jaxtune.log import every_few_seconds, info, warn
 from jaxtune.nn.params import Policy
+from jaxtune.tree import Params
 
 
-def to_orbax(name: str, folder: Path) -> None:
-    """Reads a model and writes it as an orbax checkpoint with stacked layers."""
-    checkpoint = open_checkpoint(name)
+def to_orbax(name: str, folder: Path, revision: str | None = None) -> None:
+    """Reads a model and writes it as an orbax checkpoint with stacked layers.
+
+    Raises:
+        WeightError: the model cannot be read, or what was written reads back differently.
+        StorageError, ConfigError: `folder` cannot be written.
+    """
+    checkpoint = open_checkpoint(name, revision)
     family, abstract, stacks = _describe(checkpoint)
     targets = places(family.WEIGHTS, abstract, stacks)
     for path, leaf in abstract.items():
@@ -47,14 +59,40 @@ def to_orbax(name: str, folder: Path) -> None:
         "generation_config": checkpoint.generation_config,
         "tensors": {key: [list(kept[key].shape), kept[key].dtype.name] for key in kept},
     }
-    with replace_folder(folder, {"kind": "orbax", "base": name}, source=checkpoint.root) as new:
+    record = {"kind": "orbax", "base": name, "revision": revision}
+    with replace_folder(folder, record, source=checkpoint.root) as new:
         with ocp.StandardCheckpointer() as writer:
             writer.save(new.resolve() / "params", params)
+        written = _digests(params)
+        del params  # room for the copy that is read back
+        if _digests(_read_params(new, abstract)) != written:
+            raise WeightError(f"{folder} reads back differently - check the disk, then repeat")
         write_json(new / "source.json", source)
         try:
             data.load_tokenizer(checkpoint.tokenizer_source).save_pretrained(str(new / "tokenizer"))
         except WeightError as error:
             warn(f"without tokenizer: {error}")
+        manifest.write(new)
+
+
+def _digests(params: Params) -> dict[str, str]:
+    return {
+        name: hashlib.sha256(as_bytes(np.asarray(array, order="C"))).hexdigest()
+        for name, array in params.items()
+    }
+
+
+def _read_params(folder: Path, abstract: dict[str, Any]) -> Params:
+    """The arrays of an orbax folder, with their stored dtypes."""
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    with ocp.StandardCheckpointer() as reader:
+        path = folder.resolve() / "params"
+        stored = reader.metadata(path).item_metadata
+        target = {
+            name: jax.ShapeDtypeStruct(leaf.shape, stored[name].dtype, sharding=device)
+            for name, leaf in abstract.items()
+        }
+        return reader.restore(path, target)
 
 
 def _describe(checkpoint: Checkpoint) -> tuple[Any, dict[str, Any], tuple[int, ...]]:
@@ -74,18 +112,16 @@ def _stored_dtype(checkpoint: Checkpoint, targets: dict[str, Place], path: str) 
 
 
 def to_hf(folder: Path, out: Path, dtype: str | None, max_shard_gb: float) -> None:
-    """Writes an orbax checkpoint of `to_orbax` as a Hugging Face folder."""
+    """Writes an orbax checkpoint of `to_orbax` as a Hugging Face folder.
+
+    Raises:
+        WeightError: `folder` is damaged or was not written by `to_orbax`.
+        StorageError, ConfigError: `out` cannot be written.
+    """
+    size = shard_bytes(max_shard_gb)
     checkpoint = _open_orbax(folder)
     family, abstract, stacks = _describe(checkpoint)
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    with ocp.StandardCheckpointer() as reader:
-        path = folder.resolve() / "params"
-        stored = reader.metadata(path).item_metadata
-        target = {
-            name: jax.ShapeDtypeStruct(leaf.shape, stored[name].dtype, sharding=device)
-            for name, leaf in abstract.items()
-        }
-        params = reader.restore(path, target)
+    params = _read_params(folder, abstract)
     tokenizer = folder / "tokenizer"
     save_model(
         out,
@@ -95,7 +131,7 @@ def to_hf(folder: Path, out: Path, dtype: str | None, max_shard_gb: float) -> No
         stacks,
         tokenizer=data.load_tokenizer(str(tokenizer)) if tokenizer.exists() else None,
         dtype=dtype,
-        max_shard_bytes=int(max_shard_gb * 1e9),
+        max_shard_bytes=size,
     )
 
 
@@ -110,6 +146,8 @@ def _open_orbax(folder: Path) -> Checkpoint:
         config, generation = source["config"], source["generation_config"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise WeightError(f"{folder} was not written by to_orbax ({error})") from error
+    if damage := manifest.find_damage(folder, "full"):
+        raise WeightError(f"{folder} is damaged ({damage}) - convert the model again")
 
     def read(name: str) -> NoReturn:
         raise WeightError(f"{folder} holds no {name} - convert the model again")
@@ -117,9 +155,9 @@ def _open_orbax(folder: Path) -> Checkpoint:
     return Checkpoint(source["name"], folder, config, generation, tensors, read)
 
 
-def inspect(name: str) -> None:
+def inspect(name: str, revision: str | None = None) -> None:
     """Prints what a model is, without reading its tensors."""
-    checkpoint = open_checkpoint(name)
+    checkpoint = open_checkpoint(name, revision)
     for key, value in sorted(checkpoint.config.items()):
         info(f"{key}: {value}")
     dtypes: collections.Counter[str] = collections.Counter()
@@ -138,6 +176,7 @@ def main() -> None:
     verb = verbs.add_parser("to_orbax")
     verb.add_argument("model")
     verb.add_argument("folder", type=Path)
+    verb.add_argument("--revision")
     verb = verbs.add_parser("to_hf")
     verb.add_argument("folder", type=Path)
     verb.add_argument("out", type=Path)
@@ -145,6 +184,7 @@ def main() -> None:
     verb.add_argument("--max_shard_gb", type=float, default=5.0)
     verb = verbs.add_parser("inspect")
     verb.add_argument("model")
+    verb.add_argument("--revision")
 
     def fail(message: str) -> NoReturn:
         raise ConfigError(f"{message} - see --help")
@@ -152,11 +192,11 @@ def main() -> None:
     parser.error = fail
     arguments = parser.parse_args(sys.argv[1:])
     if arguments.verb == "to_orbax":
-        to_orbax(arguments.model, arguments.folder)
+        to_orbax(arguments.model, arguments.folder, arguments.revision)
     elif arguments.verb == "to_hf":
         to_hf(arguments.folder, arguments.out, arguments.dtype, arguments.max_shard_gb)
     else:
-        inspect(arguments.model)
+        inspect(arguments.model, arguments.revision)
 
 
 if __name__ == "__main__":

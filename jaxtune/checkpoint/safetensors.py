@@ -11,6 +11,7 @@ Stricter than the format: headers of at most 16 MB and 100,000 tensors (its own 
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,7 +21,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxtune.checkpoint.tensors import TensorInfo, as_bytes, read_array
-from jaxtune.errors import WeightError, listing
+from jaxtune.errors import ConfigError, WeightError, listing
 from jaxtune.faults import fault
 
 MAX_HEADER_BYTES = 16 << 20
@@ -272,6 +273,14 @@ def write_folder(
         fault("export_index")
         write_bytes(folder / f"{stem}.safetensors.index.json", text.encode())
     _verify(folder, set(weight_map.values()), digests)
+
+
+def shard_bytes(gigabytes: float) -> int:
+    """The option --max_shard_gb in bytes; ConfigError unless it is a size."""
+    size = gigabytes * 1e9
+    if not 0 < size < math.inf:
+        raise ConfigError(f"max_shard_gb={gigabytes:g} is no size - give a number above 0")
+    return int(size)
 
 
 def _split(tensors: Mapping[str, TensorInfo], max_bytes: int) -> list[list[str]]:

@@ -53,8 +53,7 @@ def resolve(path: str, revision: str | None = None) -> Path:
     is_hub = not local.exists() and not path.startswith("package:") and _HUB_ID.fullmatch(path)
     if is_hub:
         return _download(path, revision)
-    if revision is not None:
-        raise ConfigError(f"model.revision={revision} is for hub ids, but {path} is not one")
+    _refuse_revision(path, revision)
     if path.startswith("package:"):
         return _package_file(path.removeprefix("package:"))
     refuse_pickle(local)
@@ -68,13 +67,20 @@ def resolve(path: str, revision: str | None = None) -> Path:
     return local
 
 
+def _refuse_revision(path: str, revision: str | None) -> None:
+    if revision is not None:
+        raise ConfigError(f"model.revision={revision} is for hub ids, but {path} is not one")
+
+
 def open_checkpoint(path: str, revision: str | None = None) -> Checkpoint:
     """Opens the model that `path` names (see the module's list); reads headers, no tensors.
 
     Raises:
         WeightError: not found, damaged, pickled, or of a kind that jaxtune cannot read.
+        ConfigError: `revision` is given for something that has no revisions.
     """
     if path.startswith("tiny:"):
+        _refuse_revision(path, revision)
         return _tiny(path)
     local = resolve(path, revision)
     if local.is_dir():
