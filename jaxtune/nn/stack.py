@@ -1,9 +1,9 @@
 """Stacks of equal layers: the one place that chooses between scan and unrolling, and remat.
 
 A stack is a block whose parameters have a leading axis over its layers. A model holds a list of
-stacks: one of all layers when scanned (compile time does not grow with depth), one per layer when
-unrolled (XLA for CPU runs that faster: no slice of stacked weights is copied), and one per
-trainable or frozen segment where a method needs it.
+stacks: one of all layers when scanned (compile time does not grow with depth, temporaries of one
+layer at a time), one per layer when unrolled. `nn.params.suited_policy` chooses; ARCHITECTURE.md
+has the numbers.
 """
 
 from collections.abc import Callable, Sequence

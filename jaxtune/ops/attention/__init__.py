@@ -1,7 +1,8 @@
 """Attention: one function, several implementations.
 
-`reference` is dense and float32, the oracle of the tests and the path of decoding; `xla` works in
-blocks, skips those above the diagonal, and saves only the inputs, the output and the log-sum-exp.
+`reference` is dense and float32, the oracle of the tests; `xla` works in blocks, skips those above
+the diagonal, and saves only the inputs, the output and the log-sum-exp. Decoding has a function of
+its own, `cached.py`, because the cache is a second set of keys.
 """
 
 from types import MappingProxyType
