@@ -29,10 +29,9 @@ arguments.add_argument("--cache", default="", help="folder of the persistent com
 arguments.add_argument("--peak", type=int, default=1, help="0: do not measure the matmul peak")
 args = arguments.parse_args()
 
-from jaxtune.hardware import keep_freed_memory  # noqa: E402  (before anything allocates)
+from jaxtune.hardware import prepare  # noqa: E402
 
-if not args.lean:
-    keep_freed_memory()
+prepare(args.cache)  # as every command does, before anything allocates
 
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
@@ -43,9 +42,6 @@ from jaxtune.data import TokenBatch  # noqa: E402
 from jaxtune.sharding.mesh import make_mesh  # noqa: E402
 from jaxtune.step import make_train_step  # noqa: E402
 
-if args.cache:
-    jax.config.update("jax_compilation_cache_dir", args.cache)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 tree = config.default()
 tree.data.train = ("the benchmark's own tokens",)
 tree.model.path = args.model
