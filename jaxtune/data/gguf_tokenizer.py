@@ -5,13 +5,9 @@ cuts text into words before merging only by name (`tokenizer.ggml.pre`). `SPLITS
 are known here; an unknown name is refused, because a wrong rule changes ids silently (of digits,
 mostly).
 
-The metadata are read with a small reader of their own: `gguf.GGUFReader` wraps every entry in numpy
-and takes two seconds for a vocabulary of 50 thousand.
-Layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+Metadata keys: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
-import mmap
-import struct
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,22 +15,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from tokenizers import pre_tokenizers as pre
 
 from jaxtune.errors import WeightError
+from jaxtune.gguf_header import read_header
 
-# Value types of the file format: struct codes of the scalars, then string and array.
-SCALARS = {
-    0: "B",
-    1: "b",
-    2: "H",
-    3: "h",
-    4: "I",
-    5: "i",
-    6: "f",
-    7: "?",
-    10: "Q",
-    11: "q",
-    12: "d",
-}
-STRING, ARRAY = 8, 9
 CONTROL, USER_DEFINED = 3, 4  # token types
 
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -71,7 +53,7 @@ def load(path: str | Path) -> GgufTokenizer:
     Raises:
         WeightError: the file is damaged, has no tokenizer, or one of a kind that is not supported.
     """
-    metadata = _read_metadata(Path(path))
+    metadata, _ = read_header(Path(path))
     kind = metadata.get("tokenizer.ggml.model")
     if kind not in BUILDERS:
         raise WeightError(
@@ -172,49 +154,3 @@ def _add_bos(backend: Tokenizer, metadata: dict[str, Any], special: dict[str, st
             pair=f"{bos} $A {bos} $B",
             special_tokens=[(bos, backend.token_to_id(bos))],
         )
-
-
-def _read_metadata(path: Path) -> dict[str, Any]:
-    """The key-value part of a GGUF file."""
-    try:
-        with path.open("rb") as file:
-            view = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except (OSError, ValueError) as error:
-        raise WeightError(f"cannot read {path}: {error} - check the file") from error
-    with view:
-        try:
-            magic, version, _, count = struct.unpack_from("<4sIQQ", view, 0)
-            if magic != b"GGUF" or version not in (2, 3):
-                raise WeightError(f"{path} is not a GGUF file of version 2 or 3 - check the file")
-            metadata: dict[str, Any] = {}
-            place = 24
-            for _ in range(count):
-                key, place = _read_value(view, place, STRING)
-                (kind,) = struct.unpack_from("<I", view, place)
-                metadata[key], place = _read_value(view, place + 4, kind)
-        except (struct.error, UnicodeDecodeError, KeyError, OverflowError) as error:
-            raise WeightError(f"{path} is truncated or damaged - download it again") from error
-    return metadata
-
-
-def _read_value(view: mmap.mmap, place: int, kind: int) -> tuple[Any, int]:
-    """Reads one value; returns it and the place after it."""
-    if kind == STRING:
-        (size,) = struct.unpack_from("<Q", view, place)
-        end = place + 8 + size
-        if end > len(view):
-            raise struct.error("string reaches beyond the file")
-        return view[place + 8 : end].decode("utf-8"), end
-    if kind != ARRAY:
-        (value,) = struct.unpack_from("<" + SCALARS[kind], view, place)
-        return value, place + struct.calcsize(SCALARS[kind])
-    of, size = struct.unpack_from("<IQ", view, place)
-    place += 12
-    if of not in (STRING, ARRAY):
-        values = struct.unpack_from(f"<{size}{SCALARS[of]}", view, place)
-        return list(values), place + size * struct.calcsize(SCALARS[of])
-    items = []
-    for _ in range(size):
-        item, place = _read_value(view, place, of)
-        items.append(item)
-    return items, place

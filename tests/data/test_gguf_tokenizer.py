@@ -81,7 +81,7 @@ def test_damaged_files(tmp_path):
         load_tokenizer(str(path))
     huge = content[:16] + b"\xff" * 7 + b"\x7f" + content[24:]
     path.write_bytes(huge)
-    with pytest.raises(WeightError, match="truncated or damaged"):
+    with pytest.raises(WeightError, match="is damaged: .* keys"):
         load_tokenizer(str(path))
 
 
