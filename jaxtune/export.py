@@ -1,7 +1,7 @@
 """The export command: a run's checkpoint as Hugging Face files.
 
-python -m jaxtune.export --run=runs/demo --to=adapter --out=exports/adapter
-python -m jaxtune.export --run=runs/demo --to=merged --out=exports/model --dtype=bfloat16
+python -m jaxtune.export --run=runs/lora_llama --to=adapter --out=exports/adapter
+python -m jaxtune.export --run=runs/lora_llama --to=merged --out=exports/model --dtype=bfloat16
 
 The run's config.json names the base model, which must still be where it was. A merged model takes
 untrained weights straight from the base's files, so it is exact whatever dtype training used.

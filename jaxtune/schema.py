@@ -55,7 +55,7 @@ class Model:
     )
     attention: str = _field(
         "auto",
-        "attention implementation; auto picks by platform and logs its choice",
+        "attention implementation: xla (in blocks) or reference (dense, slower); auto: xla",
         choices=("auto", "reference", "xla"),
     )
     layers: str = _field(
