@@ -1,18 +1,16 @@
-"""What differs between one process and many: who writes, and how host data become global arrays."""
+"""Host data as global arrays, in one process or many."""
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, Sharding
 
 
-def is_first_process() -> bool:
-    """Whether this process writes logs, exports and manifests."""
-    return jax.process_index() == 0
+def to_device(array: np.ndarray, sharding: Sharding | None) -> jax.Array:
+    """A host array that every process holds whole, as a global array of any sharding.
 
-
-def to_device(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
-    """A host array that every process holds whole, as a global array of any sharding."""
-    if jax.process_count() == 1:
+    None stands for this process's default device.
+    """
+    if sharding is None or jax.process_count() == 1:
         return jax.device_put(array, sharding)
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 

@@ -6,7 +6,7 @@ leaves parameters and optimizer state as they were, bit for bit, and is counted.
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,9 +126,3 @@ def _applied_steps(opt_state: Any) -> jax.Array:
         if getattr(path[-1], "name", None) == "count"
     ]
     return counts[-1]
-
-
-def summarize(loss: float, sums: Mapping[str, float]) -> dict[str, float]:
-    """Means of an evaluation from its sums."""
-    weight = max(sums["weight"], 1e-8)
-    return {"loss": loss / weight, "accuracy": sums["correct"] / weight}

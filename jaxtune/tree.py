@@ -80,12 +80,6 @@ def count(params: Mapping[str, Any]) -> int:
     return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(params))
 
 
-def count_bytes(params: Mapping[str, Any]) -> int:
-    """Bytes of all leaves."""
-    leaves = jax.tree.leaves(params)
-    return sum(int(np.prod(leaf.shape)) * np.dtype(leaf.dtype).itemsize for leaf in leaves)
-
-
 def matches(pattern: str, name: str) -> bool:
     """Whether a target names a module: its last part, its last parts, or a regular expression.
 

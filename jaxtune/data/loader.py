@@ -58,13 +58,6 @@ class Loader:
         part = num_epochs - whole
         return steps + (math.ceil(part * self._steps_in(whole)) if part > 0 else 0)
 
-    def position_at(self, step: int) -> Position:
-        """The position before step `step` (from 0) of an uninterrupted run."""
-        epoch = 0
-        while step >= (steps := self._steps_in(epoch)):
-            step, epoch = step - steps, epoch + 1
-        return self._position(epoch, step * self.rows * self.accumulation)
-
     def batches(
         self, position: Position | None = None
     ) -> Generator[tuple[TokenBatch, Position], None, None]:

@@ -298,7 +298,7 @@ MEMORY_PROGRAM = """
     stacks = (n,) if policy.layers == "scan" else (1,) * n
     before = peak()
     params = load_weights(checkpoint, family.WEIGHTS, skeleton.abstract(), stacks)
-    print(peak() - before, tree.count_bytes(params) / 1e9)
+    print(peak() - before, sum(a.nbytes for a in params.values()) / 1e9)
 """
 
 
