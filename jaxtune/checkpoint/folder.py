@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from jaxtune.checkpoint.manifest import sync_folder
 from jaxtune.errors import ConfigError, StorageError
 
 RECORD_FILE = "jaxtune_export.json"
@@ -42,11 +43,11 @@ def replace_folder(
         temporary.mkdir(parents=True)
         yield temporary
         (temporary / RECORD_FILE).write_text(json.dumps(dict(record), indent=2) + "\n")
-        _sync(temporary)
+        sync_folder(temporary)
         if final.exists():
             final.rename(previous)
         temporary.rename(final)
-        _sync(final.parent)
+        sync_folder(final.parent)
     except OSError as error:
         reason = error.strerror or str(error)
         raise StorageError(
@@ -74,12 +75,3 @@ def _clean(final: Path, temporary: Path, previous: Path) -> None:
         previous.rename(final)
     shutil.rmtree(temporary, ignore_errors=True)
     shutil.rmtree(previous, ignore_errors=True)
-
-
-def _sync(folder: Path) -> None:
-    """Makes renames in the folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -18,8 +18,10 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from jaxtune.checkpoint.folder import replace_folder
-from jaxtune.checkpoint.safetensors import write_bytes, write_folder
+from jaxtune.checkpoint.manifest import write_synced
+from jaxtune.checkpoint.safetensors import write_folder
 from jaxtune.checkpoint.tensors import Checkpoint, TensorInfo, dtype_from_name
+from jaxtune.distributed import to_device
 from jaxtune.errors import WeightError, listing
 from jaxtune.models.base import Change, Weight
 from jaxtune.peft import lora
@@ -164,14 +166,8 @@ def _is_surplus(checkpoint: Checkpoint, weights: Sequence[Weight], name: str) ->
     return bool(tied and name in heads or _HARMLESS.fullmatch(name))
 
 
-def _put(array: np.ndarray, sharding: Sharding | None) -> jax.Array:
-    if sharding is None:
-        return jax.device_put(array)
-    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
-
-
 def _whole(array: np.ndarray, leaf: jax.ShapeDtypeStruct) -> tuple[jax.Array, jax.Array]:
-    value = _put(array, leaf.sharding)
+    value = to_device(array, leaf.sharding)
     if value.dtype != leaf.dtype:
         value = _cast(value, leaf.dtype)
     return value, _is_finite(value)
@@ -186,7 +182,7 @@ def _layer(
     if isinstance(sharding, NamedSharding):
         spec = PartitionSpec(*sharding.spec[1:])
         sharding = NamedSharding(sharding.mesh, spec, memory_kind=sharding.memory_kind)
-    return _insert(leaf.sharding)(stack, _put(array, sharding), index)
+    return _insert(leaf.sharding)(stack, to_device(array, sharding), index)
 
 
 @functools.lru_cache
@@ -321,4 +317,4 @@ def _config(checkpoint: Checkpoint, dtype: str | None) -> dict[str, Any]:
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Writes a JSON file as transformers does: indented, sorted keys."""
-    write_bytes(path, (json.dumps(value, indent=2, sort_keys=True) + "\n").encode())
+    write_synced(path, (json.dumps(value, indent=2, sort_keys=True) + "\n").encode())

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from jaxtune.checkpoint.manifest import write_synced
 from jaxtune.checkpoint.tensors import TensorInfo, as_bytes, read_array
 from jaxtune.errors import ConfigError, WeightError, listing
 from jaxtune.faults import fault
@@ -271,7 +272,7 @@ def write_folder(
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         text = json.dumps(index, indent=2, sort_keys=True) + "\n"
         fault("export_index")
-        write_bytes(folder / f"{stem}.safetensors.index.json", text.encode())
+        write_synced(folder / f"{stem}.safetensors.index.json", text.encode())
     _verify(folder, set(weight_map.values()), digests)
 
 
@@ -326,16 +327,6 @@ def _write_file(
     fault("export_shard")
     temporary.replace(path)
     return digests
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """Writes a small file so that it appears complete or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def _verify(folder: Path, files: set[str], digests: Mapping[str, bytes]) -> None:
