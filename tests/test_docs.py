@@ -125,8 +125,9 @@ def test_links_lead_somewhere(page: Path):
 def test_own_data_commands_of_the_readme_run(tmp_path: Path):
     steps = [c for c in commands(ROOT / "README.md") if c[:2] == ["python", "-m"]]
     assert [step[2] for step in steps] == ["jaxtune.train", "jaxtune.export", "jaxtune.generate"]
-    steps += [["python", "-c", code] for code in blocks(ROOT / "README.md", "python")]
-    steps[0] += ["--config.data.max_seq_len=64", "--config.eval.max_new_tokens=4"]
+    steps[0] += ["--config.data.max_seq_len=64"]
+    for code in blocks(ROOT / "README.md", "python"):
+        steps.append(["python", "-c", code.replace('"my-model"', '"tiny:llama"')])
     row = blocks(ROOT / "README.md", "json")[0].splitlines()[0]
     (tmp_path / "my_data.jsonl").write_text(f"{row}\n" * 20)
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
@@ -143,6 +144,7 @@ def test_own_data_commands_of_the_readme_run(tmp_path: Path):
         )
         assert run.returncode == 0, run.stderr
     written = {path.name for path in (tmp_path / "runs" / "mine").iterdir()}
-    named = {"adapter", "loss.png", "samples.jsonl"}
+    named = {"adapter", "loss.png"}
     assert named | {"config.json", "metrics.jsonl", "checkpoints"} <= written
+    assert (tmp_path / "runs" / "from_python" / "adapter").is_dir()
     assert (tmp_path / "my-tuned-model" / "model.safetensors").is_file()
