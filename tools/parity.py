@@ -36,7 +36,7 @@ def compare(ours: list[np.ndarray], theirs: list[np.ndarray]) -> dict[str, float
 
 def main() -> None:
     """Reads the command line and prints the comparison."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--base", required=True, help="the base model as transformers reads it")
     parser.add_argument("--source", help="the base model as jaxtune reads it; default: --base")
     parser.add_argument("--adapter", required=True)
