@@ -1,10 +1,11 @@
 """jaxtune as a peer of the side-by-side CPU benchmark: same model, tokens, rank and output line.
 
-    BENCH_CPU=<folder of the peers' common.py> python tools/bench/peer_jaxtune.py --model DIR
+    BENCH_CPU=<folder of common.py> python tools/bench/peer_jaxtune.py --model DIR
 
 It describes, fills and steps exactly as `jaxtune.train` does (build.describe, build.fill_*,
 step.make_train_step); only the tokens come from the benchmark's own file. `--lean` is the point of
-least memory: scanned layers, full rematerialisation.
+least memory: scanned layers, full rematerialisation. docs/benchmarks.md has the results and says
+what common.py must provide.
 """
 
 import os
@@ -12,8 +13,10 @@ import sys
 import time
 from pathlib import Path
 
-BENCH = os.environ.get("BENCH_CPU", Path(__file__).resolve().parents[3] / "shared/bench/cpu")
-sys.path.insert(0, str(BENCH))
+BENCH = os.environ.get("BENCH_CPU", "")
+if not BENCH or not (Path(BENCH) / "common.py").is_file():
+    sys.exit(f"BENCH_CPU={BENCH!r} is no folder with a common.py (see docs/benchmarks.md)")
+sys.path.insert(0, BENCH)
 # Found through BENCH_CPU.
 from common import (  # noqa: E402  # pyright: ignore[reportMissingImports]
     Meter,
