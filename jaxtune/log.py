@@ -137,7 +137,7 @@ def _line(metrics: Mapping[str, float]) -> str:
 
 
 def _wants_bar(progress: str) -> bool:
-    return progress == "bar" or progress == "auto" and sys.stdout.isatty()
+    return progress == "bar" or (progress == "auto" and sys.stdout.isatty())
 
 
 class _Bar:
@@ -151,9 +151,12 @@ class _Bar:
             TextColumn,
             TimeRemainingColumn,
         )
+        from rich.table import Column
 
-        columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self._progress = Progress(*columns, TextColumn("{task.description}"))
+        # Only the metrics give way when the terminal is narrow.
+        metrics = TextColumn("{task.description}", table_column=Column(ratio=1, no_wrap=True))
+        columns = (BarColumn(bar_width=16), MofNCompleteColumn(), TimeRemainingColumn(), metrics)
+        self._progress = Progress(*columns, expand=True)
         self._task = self._progress.add_task("compiling", total=num_steps, completed=start)
         self._progress.start()
 
