@@ -12,6 +12,7 @@ import difflib
 import importlib.util
 import json
 import math
+import re
 import typing
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from typing import Any
 from ml_collections import config_dict
 
 from jaxtune.errors import ConfigError, listing
-from jaxtune.schema import RunConfig, sections
+from jaxtune.schema import QUANT_FORMATS, Quant, RunConfig, sections
 
 
 def default() -> Any:
@@ -121,6 +122,9 @@ def _contradictions(config: RunConfig) -> list[str]:
         problems.append("config.optim: set warmup_steps or warmup_ratio, not both")
     if c.peft.method == "full" and c.peft.adapter:
         problems.append("config.peft.adapter needs peft.method=lora")
+    if c.peft.method == "full" and c.quant.format:
+        problems.append("config.quant.format needs an adapter: peft.method=full trains the weights")
+    problems += _bad_formats(c.quant)
     if c.peft.method == "lora" and not c.peft.target_modules:
         problems.append("config.peft.target_modules is empty - e.g. all-linear")
     if c.checkpoint.resume not in ("auto", "never") and not c.checkpoint.resume.isdecimal():
@@ -143,12 +147,37 @@ def _contradictions(config: RunConfig) -> list[str]:
     return problems
 
 
+def _bad_formats(quant: Quant) -> list[str]:
+    """Items of quant.format that are no `format` or `format=pattern`."""
+    problems = []
+    for item in quant.format:
+        name, equals, pattern = item.partition("=")
+        if name not in QUANT_FORMATS:
+            known = f"must begin with one of {', '.join(QUANT_FORMATS)}"
+            problems.append(f"config.quant.format={item!r}: {known}" + _nearest(name, QUANT_FORMATS))
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            problems.append(f"config.quant.format={item!r}: {error}")
+        if not equals and len(quant.format) > 1 and item != quant.format[-1]:
+            problems.append(
+                f"config.quant.format: {item!r} takes all layers, so what follows is never used"
+            )
+    block_size = quant.block_size
+    if block_size & (block_size - 1):
+        problems.append(f"config.quant.block_size={block_size}: must be a power of two")
+    return problems
+
+
 def _unread(c: RunConfig) -> list[str]:
     """Fields that were set although another field makes sure that nobody reads them."""
+    formats = {item.partition("=")[0] for item in c.quant.format}
     shape = ("rank", "alpha", "rslora", "target_modules", "exclude_modules", "layers_to_transform")
     rules = (
         (c.peft.method == "full", "peft", (*shape, "dropout"), "peft.method=full has no adapters"),
         (c.peft.adapter is not None, "peft", shape, "peft.adapter brings its own"),
+        (formats <= {"int8"}, "quant", ("block_size",), "no format of quant.format has blocks"),
+        (not formats & {"nf4", "fp4"}, "quant", ("double_quant",), "only nf4 and fp4 have it"),
         (c.data.packing, "data", ("pad_to",), "data.packing fills rows of max_seq_len"),
         (c.data.on_bad_row == "error", "data", ("max_bad_fraction",), "needs on_bad_row=skip"),
         (c.train.num_steps is not None, "train", ("num_epochs",), "train.num_steps decides"),

@@ -8,6 +8,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+QUANT_FORMATS = ("int8", "int8_block", "int4", "nf4", "fp4")
+
 
 def _field(
     default: Any,
@@ -55,8 +57,20 @@ class Model:
     )
     attention: str = _field(
         "auto",
-        "attention implementation: xla (in blocks) or reference (dense, slower); auto: xla",
-        choices=("auto", "reference", "xla"),
+        "attention implementation: xla (in blocks), pallas_tpu, pallas_gpu (our kernels), splash "
+        "(JAX's, TPU), cudnn (GPU), reference (dense, slower); auto: the platform's own kernels",
+        choices=("auto", "reference", "xla", "pallas_tpu", "pallas_gpu", "splash", "cudnn"),
+    )
+    matmul: str = _field(
+        "auto",
+        "product with a quantized weight: xla (the weight is decoded first), pallas_tpu (decoded "
+        "block by block inside the kernel); auto: pallas_tpu on TPU, else xla",
+        choices=("auto", "xla", "pallas_tpu"),
+    )
+    cross_entropy: str = _field(
+        "auto",
+        "head and loss: chunked (XLA), pallas_tpu, reference (all logits at once); auto: chunked",
+        choices=("auto", "chunked", "pallas_tpu", "reference"),
     )
     layers: str = _field(
         "auto",
@@ -67,10 +81,27 @@ class Model:
     remat: str = _field(
         "auto",
         "what the backward pass recomputes: none, attention (its internals), dots (all but "
-        "matmul outputs), full (all but layer inputs); auto: none on CPU, else full",
-        choices=("auto", "none", "attention", "dots", "full"),
+        "matmul outputs), offload (like dots, the outputs kept in host memory), full (all but "
+        "layer inputs); auto: the cheapest whose compiled program fits the device",
+        choices=("auto", "none", "attention", "dots", "offload", "full"),
     )
     allow_nan: bool = _field(False, "load weights that contain NaN or infinity")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quant:
+    """How frozen weights are kept: in few bits, decoded where they are used."""
+
+    format: tuple[str, ...] = _field(
+        (),
+        "format of the frozen linear layers (nf4, fp4, int4, int8, int8_block), or several as "
+        "format=pattern, the first that matches (nf4=.*mlp.*,int8=.*attn.*); embeddings, norms, "
+        "the head and layers that match nothing stay as they are",
+    )
+    block_size: int = _field(
+        64, "rows that share a scale (nf4, fp4, int4, int8_block)", low=32, high=4096
+    )
+    double_quant: bool = _field(True, "quantize the scales of nf4 and fp4 too")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,6 +267,12 @@ class Checkpoint:
     export_merged: bool = _field(
         False, "write a merged Hugging Face model at the end; full fine-tuning always does"
     )
+    merge_base: str = _field(
+        "dequantized",
+        "what an adapter trained on quantized weights is merged into: dequantized (the weights it "
+        "was trained on) or original (those of the base's files)",
+        choices=("dequantized", "original"),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -257,6 +294,7 @@ class RunConfig:
     """Everything that defines a run."""
 
     model: Model = Model()
+    quant: Quant = Quant()
     peft: Peft = Peft()
     data: Data = Data()
     objective: Objective = Objective()
