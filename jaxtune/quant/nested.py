@@ -1,0 +1,135 @@
+"""Scales in eight bits: double quantization (QLoRA, arXiv 2305.14314, section 3).
+
+What is left of the scales when their mean is taken away is quantized in blocks of 256 to the
+dynamic map (8-bit optimizers, arXiv 2110.02861, section 1.3): a sign, an exponent of ten in unary
+and a linear fraction in the bits that remain. Blocks run over the scales in the order of Hugging
+Face's weight, [F, G] row by row, so that stored bytes are those of bitsandbytes.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxtune.quant.qarray import NESTED_BLOCK, NestedScale
+
+ZERO = 127  # the code of 0; 255 is 1
+LUT_SIZE = 65536  # of bitsandbytes' table from a number to its code
+
+
+def encode(scale: jax.Array) -> NestedScale:
+    """Quantizes scales.
+
+    The codes are those of bitsandbytes 0.50.2 on a CPU for the same mean. Its mean is that of
+    torch, whose last bit depends on the processor and the number of threads; a scale within that
+    bit of the border between two codes may get the other one.
+
+    Args:
+        scale: float32 [..., G, F].
+    """
+    *stack, groups, columns = scale.shape
+    flat = jnp.swapaxes(scale, -1, -2).reshape(*stack, columns * groups)
+    offset = _mean(flat)
+    blocks = _blocks(flat - offset[..., None])
+    absmax = jnp.max(jnp.abs(blocks), axis=-1)
+    inverse = jnp.where(absmax > 0, 1 / absmax, 0)
+    normalised = jnp.clip(blocks * inverse[..., None], -1, 1)
+    codes = jnp.searchsorted(_borders(), normalised, side="right", method="compare_all")
+    codes = jnp.where(absmax[..., None] > 0, codes, 0).astype(jnp.uint8)
+    codes = codes.reshape(*stack, -1)[..., : flat.shape[-1]].reshape(*stack, columns, groups)
+    return NestedScale(jnp.swapaxes(codes, -1, -2), absmax, offset)
+
+
+def decode(scale: NestedScale) -> jax.Array:
+    """float32 [..., G, F]: dynamic map of the codes * absmax of the block + offset."""
+    *stack, groups, columns = scale.codes.shape
+    absmax = jnp.repeat(scale.absmax, NESTED_BLOCK, axis=-1)[..., : columns * groups]
+    absmax = jnp.swapaxes(absmax.reshape(*stack, columns, groups), -1, -2)
+    return dynamic_value(scale.codes) * absmax + scale.offset[..., None, None]
+
+
+def dynamic_value(codes: jax.Array) -> jax.Array:
+    """The number in [-1, 1] of each code of the dynamic map, float32, without a gather.
+
+    The distance n of a code from that of 0 is 2^e + f, f < 2^e: the middle of the f-th of 2^e
+    equal parts of [0.1, 1], times 10^(e - 6) (bitsandbytes' functional.create_dynamic_map). The
+    exponent and fraction of n as a float32 are e and f / 2^e.
+    """
+    distance = codes.astype(jnp.int32) - ZERO
+    bits = jax.lax.bitcast_convert_type(jnp.abs(distance).astype(jnp.float32), jnp.int32)
+    exponent = (bits >> 23) - 127
+    power = jax.lax.bitcast_convert_type((bits & 0x7F800000), jnp.float32)  # 2^e
+    fraction = (jnp.abs(distance).astype(jnp.float32) + 0.5) / power - 1
+    magnitude = 0.1 + 0.9 * fraction
+    for e in range(6):
+        magnitude = jnp.where(exponent == e, magnitude * np.float32(10.0 ** (e - 6)), magnitude)
+    magnitude = jnp.where(exponent == 7, 1.0, magnitude)
+    return jnp.where(distance == 0, 0.0, jnp.where(distance < 0, -magnitude, magnitude))
+
+
+@functools.cache
+def dynamic_map() -> np.ndarray:
+    """float32 [256], ascending: the numbers of the dynamic map as bitsandbytes stores them."""
+    positive = []
+    for e in range(7):
+        # torch.linspace counts from the nearer end, with one rounding (a fused multiply-add).
+        i, step = np.arange(2**e + 1), float(np.float32(0.9)) / 2**e
+        edges = np.where(i < i[::-1], float(np.float32(0.1)) + step * i, 1 - step * i[::-1])
+        edges = edges.astype(np.float32)
+        positive.append((edges[:-1] + edges[1:]) / 2 * np.float32(10.0 ** (e - 6)))
+    positive = np.concatenate(positive)
+    return np.concatenate([-positive[::-1], np.float32([0]), positive, np.float32([1])])
+
+
+def _blocks(flat: jax.Array) -> jax.Array:
+    """[..., n] -> [..., ceil(n / 256), 256], filled up with 0."""
+    *stack, size = flat.shape
+    count = math.ceil(size / NESTED_BLOCK)
+    room = [(0, 0)] * len(stack) + [(0, count * NESTED_BLOCK - size)]
+    return jnp.pad(flat, room).reshape(*stack, count, NESTED_BLOCK)
+
+
+def _mean(flat: jax.Array) -> jax.Array:
+    """The mean of [..., n], summed in pairs: a running sum of many scales loses digits."""
+    size = flat.shape[-1]
+    room = [(0, 0)] * (flat.ndim - 1)
+    sums = jnp.pad(flat, [*room, (0, 2 ** math.ceil(math.log2(size)) - size)])
+    while sums.shape[-1] > 1:
+        low, high = jnp.split(sums, 2, axis=-1)
+        sums = low + high
+    return sums[..., 0] / size
+
+
+@functools.cache
+def _borders() -> np.ndarray:
+    """float32 [255]: the smallest number in [-1, 1] that gets code k + 1, for every k.
+
+    bitsandbytes (csrc/cpu_ops.cpp, quantize_cpu_impl) rounds a number to one of 65536 places in
+    [-1, 1] and looks up the code nearest to that place. Codes grow with the number, so where they
+    change is found by bisection, over the bits of float32.
+    """
+    table = dynamic_map()
+    middles = np.float32(0.5) * (table[:-1] + table[1:])
+    places = np.float32(-1) + np.arange(LUT_SIZE, dtype=np.float32) * 2 / np.float32(LUT_SIZE - 1)
+    lut = np.searchsorted(middles, places, side="left")
+
+    def code(number: np.ndarray) -> np.ndarray:
+        half = ((number + np.float32(1)) * np.float32(0.5)).astype(np.float64)
+        return lut[(half * (LUT_SIZE - 1) + 0.5).astype(np.float32).astype(np.int64)]
+
+    # Signed integers that are ordered as the floats they stand for.
+    one = int(np.float32(1).view(np.int32))
+    low, high = np.full(255, -one), np.full(255, one)
+    wanted = np.arange(1, 256)
+    while (high - low > 1).any():
+        middle = (low + high) // 2
+        reached = code(_ordered_float(middle)) >= wanted
+        low, high = np.where(reached, low, middle), np.where(reached, middle, high)
+    return _ordered_float(high)
+
+
+def _ordered_float(order: np.ndarray) -> np.ndarray:
+    magnitude = np.abs(order).astype(np.int32).view(np.float32)
+    return np.where(order < 0, -magnitude, magnitude)
