@@ -25,8 +25,11 @@ from jaxtune.checkpoint import hf
 from jaxtune.checkpoint.adapter import Adapter, load_adapter
 from jaxtune.checkpoint.tensors import Checkpoint
 from jaxtune.distributed import batch_to_device, to_device
+from jaxtune.errors import ConfigError
+from jaxtune.nn import quantized
 from jaxtune.nn.params import AdapterConstant, AdapterParam, Policy, suited_policy
 from jaxtune.nn.stack import stack_sizes
+from jaxtune.quant import QArray
 from jaxtune.schema import Model, Peft, RunConfig
 from jaxtune.sharding import rules
 from jaxtune.step import Objective, TrainState
@@ -97,13 +100,14 @@ def _is_matrix(name: str) -> bool:
     return name.endswith((".kernel", ".adapter.a", ".adapter.b"))
 
 
-def resolve_policy(model: Model, method: str, platform: str) -> Policy:
+def resolve_policy(model: Model, method: str, mesh: Mesh) -> Policy:
     """Replaces every "auto" by what suits the platform; what is trained is kept in float32."""
-    names = ("compute_dtype", "param_dtype", "softmax_dtype", "attention", "layers", "remat")
+    platform = mesh.devices.flat[0].platform
+    names = [f.name for f in dataclasses.fields(Policy) if hasattr(model, f.name)]
     chosen = {name: getattr(model, name) for name in names if getattr(model, name) != "auto"}
     if method == "full":
         chosen["param_dtype"] = "float32"
-    return suited_policy(platform, **chosen)
+    return suited_policy(platform, mesh=mesh, **chosen)
 
 
 def describe(config: RunConfig, mesh: Mesh, checkpoint: Checkpoint) -> Run:
@@ -114,12 +118,18 @@ def describe(config: RunConfig, mesh: Mesh, checkpoint: Checkpoint) -> Run:
         fit. ConfigError: adapter targets match nothing.
     """
     family, model_config = models.read_config(checkpoint.config, checkpoint.name)
-    platform = mesh.devices.flat[0].platform
-    policy = resolve_policy(config.model, config.peft.method, platform)
+    policy = resolve_policy(config.model, config.peft.method, mesh)
     stacks = stack_sizes(model_config.num_layers, policy.layers)
 
-    def build_base() -> nnx.Module:
+    def build_dense() -> nnx.Module:
         return family.build(model_config, policy, nnx.Rngs(0))
+
+    def build_base() -> nnx.Module:
+        model = build_dense()
+        quantized.put(model, kernels)
+        return model
+
+    kernels = _quantized_kernels(config, checkpoint, family, tree.describe(build_dense), stacks)
 
     imported = None
     if config.peft.adapter:
@@ -157,6 +167,39 @@ def describe(config: RunConfig, mesh: Mesh, checkpoint: Checkpoint) -> Run:
             loss_dtype=jnp.dtype(config.model.loss_dtype),
         ),
     )
+
+
+def _quantized_kernels(
+    config: RunConfig,
+    checkpoint: Checkpoint,
+    family: ModuleType,
+    dense: Skeleton,
+    stacks: tuple[int, ...],
+) -> quantized.Kernels:
+    """The kernels that stay quantized: those of the files, or as the config says."""
+    shapes = dense.abstract()
+    kernels = hf.quantized_kernels(checkpoint, family.WEIGHTS, shapes, stacks)
+    if kernels and config.quant.format:
+        raise ConfigError(
+            f"config.quant.format={','.join(config.quant.format)}: {checkpoint.name} is quantized "
+            "already - leave quant.format empty, or take the dense model"
+        )
+    if kernels and config.peft.method == "full":
+        raise ConfigError(
+            f"config.peft.method=full cannot train the quantized weights of {checkpoint.name} - "
+            "use peft.method=lora, or take the dense model"
+        )
+    kernels |= quantized.choose(
+        dense.model(shapes),
+        config.quant.format,
+        block_size=config.quant.block_size,
+        double_quant=config.quant.double_quant,
+    )
+    if not kernels and config.checkpoint.merge_base != "dequantized":
+        raise ConfigError(
+            "config.checkpoint.merge_base would be ignored: the base is not quantized"
+        )
+    return kernels
 
 
 def _adapter_config(config: Peft, imported: Adapter | None) -> Any:
@@ -205,6 +248,11 @@ def shardings(abstract: Any) -> Any:
 def adapter_variables(skeleton: Skeleton) -> set[str]:
     """Names of the variables that belong to adapters."""
     return skeleton.select(AdapterParam) | skeleton.select(AdapterConstant)
+
+
+def quantized_kernels(run: Run) -> set[str]:
+    """Names of the frozen kernels that are kept quantized."""
+    return {name for name, leaf in run.frozen.items() if isinstance(leaf, QArray)}
 
 
 def fill_base(run: Run, progress: Callable[[int, int], None]) -> Params:

@@ -22,7 +22,7 @@ from jaxtune.checkpoint.source import open_checkpoint
 from jaxtune.checkpoint.store import Store
 from jaxtune.errors import ConfigError, WeightError, run_command
 from jaxtune.exports import write_adapter, write_merged
-from jaxtune.log import info
+from jaxtune.log import every_few_seconds, info
 from jaxtune.schema import RunConfig
 from jaxtune.sharding.mesh import make_mesh
 from jaxtune.tree import Params
@@ -71,6 +71,8 @@ def export(
         paths["merged"] = out / "merged" if to == "both" else out
         source = cfg.model.tokenizer or run.checkpoint.tokenizer_source
         tokenizer = data.load_tokenizer(source, template=cfg.data.template)
+        if build.quantized_kernels(run) and cfg.checkpoint.merge_base == "dequantized":
+            params |= build.fill_base(run, every_few_seconds("loading weights"))
         write_merged(run, params, tokenizer, paths["merged"], dtype=dtype, max_shard_bytes=size)
     return paths
 

@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from jaxtune.build import Run, adapter_variables
+from jaxtune.build import Run, adapter_variables, quantized_kernels
 from jaxtune.checkpoint.adapter import save_adapter
-from jaxtune.checkpoint.hf import save_model
+from jaxtune.checkpoint.hf_save import save_model
 from jaxtune.tree import Params
 
 
@@ -34,9 +34,12 @@ def write_merged(
 ) -> None:
     """Writes a whole model, adapters merged; `dtype` None keeps that of the base's files.
 
-    Frozen base weights are copied from the base's files: those in memory may be rounded.
+    Frozen base weights are copied from the base's files: those in memory may be rounded. Quantized
+    ones are those in memory unless `checkpoint.merge_base` says original.
     """
     learnt = run.trainable.keys() | adapter_variables(run.skeleton)
+    if run.config.checkpoint.merge_base == "dequantized":
+        learnt |= quantized_kernels(run)
     save_model(
         folder,
         {name: params[name] for name in learnt},

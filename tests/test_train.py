@@ -14,7 +14,7 @@ import pytest
 
 import jaxtune
 from jaxtune import config, data
-from jaxtune.checkpoint.hf import save_model
+from jaxtune.checkpoint.hf_save import save_model
 from jaxtune.checkpoint.lock import RunLock
 from jaxtune.checkpoint.source import open_checkpoint
 from jaxtune.errors import run_command

@@ -28,7 +28,8 @@ from flax import nnx
 from jaxtune import data, models, tree
 from jaxtune.checkpoint import manifest
 from jaxtune.checkpoint.folder import replace_folder
-from jaxtune.checkpoint.hf import Place, load_weights, places, save_model, write_json
+from jaxtune.checkpoint.hf import Place, load_weights, places
+from jaxtune.checkpoint.hf_save import save_model, write_json
 from jaxtune.checkpoint.safetensors import shard_bytes
 from jaxtune.checkpoint.source import open_checkpoint
 from jaxtune.checkpoint.tensors import Checkpoint, TensorInfo, as_bytes, dtype_from_name

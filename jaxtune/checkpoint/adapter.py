@@ -21,7 +21,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxtune.checkpoint.folder import replace_folder
-from jaxtune.checkpoint.hf import split_path, write_json
+from jaxtune.checkpoint.hf import split_path
+from jaxtune.checkpoint.hf_save import write_json
 from jaxtune.checkpoint.safetensors import read_header, read_tensor, refuse_pickle, write_folder
 from jaxtune.checkpoint.tensors import TensorInfo
 from jaxtune.errors import WeightError, listing

@@ -6,8 +6,8 @@ until the kernel reclaims them, so a mapped 16 GB model would show as 16 GB.
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxtune.errors import WeightError
+from jaxtune.quant import QArray
 
 
 class TensorInfo(NamedTuple):
@@ -38,8 +39,12 @@ class Checkpoint:
         root: the folder or file that holds it.
         config: Hugging Face's config.json, or one made from a GGUF file's metadata.
         generation_config: Hugging Face's generation_config.json, if there is one.
-        tensors: Hugging Face tensor name -> shape and dtype, in the order of the file.
-        read: Hugging Face tensor name -> the array.
+        tensors: Hugging Face tensor name -> shape and dtype, in the order of the file; of a
+            quantized weight, those of the dense weight.
+        read: Hugging Face tensor name -> the array; a quantized weight is decoded.
+        quantized: Hugging Face tensor name -> ShapeDtypeStructs of the kernel (our layout), for
+            weights that the files hold quantized.
+        read_quantized: Hugging Face tensor name -> that kernel, of numpy arrays.
     """
 
     name: str
@@ -48,6 +53,8 @@ class Checkpoint:
     generation_config: dict[str, Any] | None
     tensors: dict[str, TensorInfo]
     read: Callable[[str], np.ndarray]
+    quantized: Mapping[str, QArray] = field(default_factory=dict)
+    read_quantized: Callable[[str], QArray] | None = None
 
     @property
     def tokenizer_source(self) -> str:

@@ -22,6 +22,7 @@ from jaxtune.infer import engine
 from jaxtune.infer.sampling import make_sampling
 from jaxtune.infer.text import cut, settled
 from jaxtune.log import warn
+from jaxtune.nn import quantized
 from jaxtune.nn.params import suited_policy
 from jaxtune.nn.stack import stack_sizes
 from jaxtune.sharding import rules
@@ -202,16 +203,21 @@ def _open(
     checkpoint: Checkpoint, folder: Path | None, dtype: str | None, mesh: Mesh
 ) -> tuple[Skeleton, Params]:
     family, config = models.read_config(checkpoint.config, checkpoint.name)
-    policy = suited_policy(mesh.devices.flat[0].platform, compute_dtype=dtype, remat="none")
+    platform = mesh.devices.flat[0].platform
+    policy = suited_policy(platform, mesh=mesh, compute_dtype=dtype, remat="none")
     stacks = stack_sizes(config.num_layers, policy.layers)
 
     def build(adapter: Adapter | None = None) -> nnx.Module:
         model = family.build(config, policy, nnx.Rngs(0))
+        quantized.put(model, kernels)
         if adapter is not None:
             no_dropout = dataclasses.replace(adapter.config, dropout=0.0)
             peft.attach(model, "lora", no_dropout, adapter.choice)
         return model
 
+    kernels: quantized.Kernels = {}
+    shapes = tree.describe(build).abstract()
+    kernels = hf.quantized_kernels(checkpoint, family.WEIGHTS, shapes, stacks)
     skeleton = tree.describe(build)
     base = rules.placed(skeleton, mesh)
     params = hf.load_weights(checkpoint, family.WEIGHTS, base, stacks)

@@ -4,15 +4,22 @@ The slot holds None or a module that is called with the input and the layer itse
 layer's whole output. Kernels are [D_in, D_out]; layers of a stack have a leading axis.
 """
 
+import dataclasses
+import functools
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
 
 from jaxtune import ops
 from jaxtune.nn.params import Policy
+from jaxtune.quant import QArray, decode_scale
+from jaxtune.sharding.rules import gathered, gathered_specs, spec
+from jaxtune.tree import path_name
 
 
 class Linear(nnx.Module):
@@ -30,6 +37,7 @@ class Linear(nnx.Module):
     ):
         normal = nnx.initializers.normal(0.02)
         self.axes = axes
+        self.policy = policy
         self.kernel = nnx.Param(normal(rngs.params(), (d_in, d_out), policy.param_dtype), axes=axes)
         self.bias: Any = nnx.data(None)
         if bias:
@@ -39,7 +47,32 @@ class Linear(nnx.Module):
 
     def project(self, x: jax.Array) -> jax.Array:
         """The layer without its adapter: [..., D_in] -> [..., D_out]."""
-        return self.add_bias(ops.matmul(x, self.kernel.get_value()))
+        weight = gathered(self.kernel.get_value(), self.axes, self.policy.mesh)
+        return self.add_bias(product(x, weight, self.axes, self.policy))
+
+    def adapt(self, x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+        """The layer with the low-rank product a b added to its weight: x (W + a b) + bias.
+
+        Args:
+            x: [..., D_in].
+            a: [D_in, R].
+            b: [R, D_out], scaled already.
+        """
+        weight = gathered(self.kernel.get_value(), self.axes, self.policy.mesh)
+        if isinstance(weight, QArray) and self.policy.matmul != "xla":
+            y = product(x, weight, self.axes, self.policy)
+            return self.add_bias(y + self.low_rank(x, a, b))
+        return self.add_bias(ops.adapted_matmul(x, weight, *self._gathered_pair(a, b)))
+
+    def low_rank(self, x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+        """x a b: [..., D_in] -> [..., D_out]."""
+        a, b = (matrix.astype(x.dtype) for matrix in self._gathered_pair(a, b))
+        return ops.dot(ops.dot(x, a, x.dtype), b, x.dtype)
+
+    def _gathered_pair(self, a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
+        in_axis, out_axis = self.axes
+        mesh = self.policy.mesh
+        return gathered(a, (in_axis, None), mesh), gathered(b, (None, out_axis), mesh)
 
     def add_bias(self, y: jax.Array) -> jax.Array:
         """Adds the bias, if the layer has one."""
@@ -48,3 +81,58 @@ class Linear(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         y = self.project(x) if self.adapter is None else self.adapter(x, self)
         return checkpoint_name(y, "linear")
+
+
+def product(x: jax.Array, weight: Any, axes: tuple[str, str], policy: Policy) -> jax.Array:
+    """x [B, ..., D_in] times a gathered weight: [B, ..., D_out].
+
+    A kernel cannot be partitioned by the compiler: on a mesh every device runs it on its own part.
+    """
+    if not isinstance(weight, QArray) or policy.matmul == "xla":
+        return ops.matmul(x, weight)
+    if policy.mesh is None or policy.mesh.size == 1:
+        return ops.matmul(x, weight, implementation=policy.matmul)
+    mapped = functools.partial(_mapped_product, axes=axes, policy=policy)
+    # Decoded scales need not be kept for the backward pass.
+    return jax.checkpoint(mapped, prevent_cse=False)(x, weight)
+
+
+def _mapped_product(
+    x: jax.Array, weight: QArray, *, axes: tuple[str, str], policy: Policy
+) -> jax.Array:
+    mesh = policy.mesh
+    assert mesh is not None
+    # Nested scales are numbered over the whole weight, so they are decoded before it is cut.
+    weight = dataclasses.replace(weight, scale=decode_scale(weight.scale, weight.shape))
+    weight_specs = gathered_specs(weight, axes, mesh)
+    rows, columns = weight_specs.codes
+    batch, *middle, _ = spec(x.shape, ("batch",) + (None,) * (x.ndim - 1), mesh)
+
+    def multiply(x: jax.Array, weight: QArray) -> jax.Array:
+        y = ops.matmul(x, weight, implementation=policy.matmul)
+        return y if rows is None else jax.lax.psum(y, rows)
+
+    return jax.shard_map(
+        multiply,
+        mesh=mesh,
+        in_specs=(PartitionSpec(batch, *middle, rows), weight_specs),
+        out_specs=PartitionSpec(batch, *middle, columns),
+        check_vma=False,
+    )(x, weight)
+
+
+def linears(model: nnx.Module) -> Iterator[tuple[str, Linear]]:
+    """The linear layers of a model with their dotted paths."""
+    for path, module in nnx.iter_graph(model):
+        if isinstance(module, Linear):
+            yield path_name(path), module
+
+
+def layer_names(path: str, stacks: tuple[int, ...]) -> list[tuple[int | None, str]]:
+    """(index, name) of each layer behind a path: layers.1.attn -> [(4, layers.4.attn), ...]."""
+    parts = path.split(".")
+    if parts[0] != "layers":
+        return [(None, path)]
+    first = sum(stacks[: int(parts[1])])
+    rest = ".".join(parts[2:])
+    return [(first + i, f"layers.{first + i}.{rest}") for i in range(stacks[int(parts[1])])]

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 
@@ -33,16 +34,23 @@ class Policy:
         compute_dtype: dtype of activations and matmul operands.
         softmax_dtype: dtype of attention probabilities.
         attention: implementation of attention, a name of `ops.attention.IMPLEMENTATIONS`.
+        matmul: implementation of products with quantized weights: "xla" or "pallas_tpu".
         layers: "scan" (stacked) or "unroll" (one stack per layer).
-        remat: what the backward pass recomputes: "none", "attention", "dots" or "full".
+        remat: what the backward pass recomputes, a name of `nn.stack.REMAT`.
+        mesh: the devices, over whose axes weights are gathered and kernels mapped; None: one.
     """
 
     param_dtype: DTypeLike = jnp.float32
     compute_dtype: DTypeLike = jnp.float32
     softmax_dtype: DTypeLike = jnp.float32
     attention: str = "xla"
+    matmul: str = "xla"
     layers: str = "scan"
     remat: str = "none"
+    mesh: Mesh | None = None
+
+
+_ATTENTION = {"tpu": "pallas_tpu", "gpu": "pallas_gpu", "cuda": "pallas_gpu"}
 
 
 def suited_policy(platform: str, **chosen: Any) -> Policy:
@@ -62,7 +70,9 @@ def suited_policy(platform: str, **chosen: Any) -> Policy:
         "param_dtype": compute,
         "softmax_dtype": compute,
     }
-    fields |= {"layers": layers, "remat": "none" if on_cpu else "full"} | given
+    fields |= {"layers": layers, "remat": "none" if on_cpu else "full"}
+    fields |= {"attention": _ATTENTION.get(platform, "xla")}
+    fields |= {"matmul": "pallas_tpu" if platform == "tpu" else "xla"} | given
     dtypes: dict[str, Any] = {
         name: jnp.dtype(value) for name, value in fields.items() if name.endswith("dtype")
     }

@@ -7,7 +7,7 @@ layer).
 
 import difflib
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -17,7 +17,7 @@ from flax import nnx
 
 from jaxtune import tree
 from jaxtune.errors import ConfigError
-from jaxtune.nn.linear import Linear
+from jaxtune.nn.linear import layer_names, linears
 from jaxtune.peft import lora
 
 METHODS = MappingProxyType({"lora": lora})
@@ -33,13 +33,6 @@ class Targets:
     include: tuple[str, ...]
     exclude: tuple[str, ...] = ()
     layers: tuple[int, ...] = ()
-
-
-def linears(model: nnx.Module) -> Iterator[tuple[str, Linear]]:
-    """The linear layers of a model with their dotted paths."""
-    for path, module in nnx.iter_graph(model):
-        if isinstance(module, Linear):
-            yield tree.path_name(path), module
 
 
 def choose(model: Any, targets: Targets) -> Choice:
@@ -73,16 +66,6 @@ def choose(model: Any, targets: Targets) -> Choice:
     if unused or not choice:
         raise ConfigError(_no_match(sorted(unused) or targets.include, sorted(seen)))
     return choice
-
-
-def layer_names(path: str, stacks: tuple[int, ...]) -> list[tuple[int | None, str]]:
-    """(index, name) of each layer behind a path: layers.1.attn -> [(4, layers.4.attn), ...]."""
-    parts = path.split(".")
-    if parts[0] != "layers":
-        return [(None, path)]
-    first = sum(stacks[: int(parts[1])])
-    rest = ".".join(parts[2:])
-    return [(first + i, f"layers.{first + i}.{rest}") for i in range(stacks[int(parts[1])])]
 
 
 def _hits(pattern: str, name: str) -> bool:

@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxtune import ops
 from jaxtune.nn.linear import Linear
 from jaxtune.nn.params import AdapterConstant, AdapterParam, SeedKey
 
@@ -51,11 +50,10 @@ class LoRA(nnx.Module):
         a = self.a.get_value()
         b = self.b.get_value() * self.scale.get_value()
         if self.key is None:
-            return linear.add_bias(ops.adapted_matmul(x, linear.kernel.get_value(), a, b))
+            return linear.adapt(x, a, b)
         keep = jax.random.bernoulli(self.key.get_value(), 1 - self.dropout, x.shape)
         dropped = jnp.where(keep, x / (1 - self.dropout), 0)
-        delta = ops.dot(ops.dot(dropped, a.astype(x.dtype), x.dtype), b.astype(x.dtype), x.dtype)
-        return linear.project(x) + delta
+        return linear.project(x) + linear.low_rank(dropped, a, b)
 
     def seed(self, key: jax.Array, index: int) -> None:
         """Gives the layer its own key, if it has dropout."""

@@ -11,7 +11,8 @@ import pytest
 from jaxtune import peft as methods
 from jaxtune import tree
 from jaxtune.checkpoint.adapter import WEIGHTS_FILE, load_adapter, save_adapter
-from jaxtune.checkpoint.hf import load_weights, save_model
+from jaxtune.checkpoint.hf import load_weights
+from jaxtune.checkpoint.hf_save import save_model
 from jaxtune.checkpoint.safetensors import read_header, read_tensor, write_folder
 from jaxtune.checkpoint.source import open_checkpoint
 from jaxtune.checkpoint.tensors import TensorInfo

@@ -14,7 +14,8 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxtune import tree
-from jaxtune.checkpoint.hf import load_weights, save_model
+from jaxtune.checkpoint.hf import load_weights
+from jaxtune.checkpoint.hf_save import save_model
 from jaxtune.checkpoint.safetensors import INDEX_FILE, read_folder, read_tensor, write_folder
 from jaxtune.checkpoint.source import open_checkpoint
 from jaxtune.checkpoint.tensors import Checkpoint, TensorInfo

