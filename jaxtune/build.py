@@ -32,6 +32,7 @@ from jaxtune.nn.stack import stack_sizes
 from jaxtune.quant import QArray
 from jaxtune.schema import Model, Peft, RunConfig
 from jaxtune.sharding import rules
+from jaxtune.sharding.mesh import HOST, require_host_memory
 from jaxtune.step import Objective, TrainState
 from jaxtune.tree import Params, Skeleton
 
@@ -115,8 +116,10 @@ def describe(config: RunConfig, mesh: Mesh, checkpoint: Checkpoint) -> Run:
 
     Raises:
         WeightError: the checkpoint's config.json is of no known family, or the adapter does not
-        fit. ConfigError: adapter targets match nothing.
+        fit. ConfigError: adapter targets match nothing, or nothing can be offloaded here.
     """
+    if config.optim.offload:
+        require_host_memory(mesh, "optim.offload")
     family, model_config = models.read_config(checkpoint.config, checkpoint.name)
     policy = resolve_policy(config.model, config.peft.method, mesh)
     stacks = stack_sizes(model_config.num_layers, policy.layers)
@@ -169,6 +172,12 @@ def describe(config: RunConfig, mesh: Mesh, checkpoint: Checkpoint) -> Run:
     )
 
 
+def with_remat(run: Run, remat: str) -> Run:
+    """The same run with another policy of recomputation."""
+    model = dataclasses.replace(run.config.model, remat=remat)
+    return describe(dataclasses.replace(run.config, model=model), run.mesh, run.checkpoint)
+
+
 def _quantized_kernels(
     config: RunConfig,
     checkpoint: Checkpoint,
@@ -219,23 +228,29 @@ def _choose(model: nnx.Module, config: Peft) -> peft.Choice:
     return peft.choose(model, targets)
 
 
-def decayed(run: Run) -> dict[str, bool]:
-    """Which trainable parameters weight decay applies to: matrices."""
-    return {name: len(run.skeleton.axes(name)) >= 2 for name in run.trainable}
+def trained_axes(run: Run) -> dict[str, rules.Axes]:
+    """Logical names of the trailing axes of each trainable parameter."""
+    return {name: run.skeleton.axes(name) for name in run.trainable}
 
 
 def abstract_state(run: Run, tx: optax.GradientTransformation) -> TrainState:
-    """Shapes, dtypes and shardings of the training state."""
+    """Shapes, dtypes and shardings of the training state.
+
+    What the optimizer keeps under a parameter's name has the parameter's axes, some of them
+    shorter (means over rows, scales of blocks), and is sharded by the same rules.
+    """
     whole = NamedSharding(run.mesh, PartitionSpec())
-    opt_state = optax.tree_map_params(
-        tx,
-        lambda leaf, param: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=param.sharding),
-        jax.eval_shape(tx.init, run.trainable),
-        run.trainable,
-        transform_non_params=lambda leaf: jax.ShapeDtypeStruct(
-            leaf.shape, leaf.dtype, sharding=whole
-        ),
-    )
+
+    def place(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        names = [key.key for key in path if getattr(key, "key", None) in run.trainable]
+        where = whole
+        if names:
+            where = rules.sharding(leaf.shape, run.skeleton.axes(names[-1]), run.mesh)
+            if run.config.optim.offload:
+                where = where.with_memory_kind(HOST)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+
+    opt_state = jax.tree_util.tree_map_with_path(place, jax.eval_shape(tx.init, run.trainable))
     scalar: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
     return TrainState(scalar, scalar, run.trainable, opt_state)
 

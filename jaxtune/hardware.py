@@ -34,6 +34,24 @@ def peak_flops(device: Any, dtype: DTypeLike) -> float | None:
     return _PEAKS[max(kinds, key=len)] if kinds else None
 
 
+def memory_bytes(device: Any) -> int | None:
+    """Bytes that a program may use on a device: of a CPU what is free now; None: unknown."""
+    if device.platform != "cpu":
+        return (device.memory_stats() or {}).get("bytes_limit")
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    fields = dict(line.split(":", 1) for line in lines)
+    return int(fields["MemAvailable"].split()[0]) * 1024
+
+
+def has_host_memory(device: Any) -> bool:
+    """Whether arrays can be kept in the host's memory beside the device's own."""
+    kinds = {memory.kind for memory in device.addressable_memories()}
+    return "pinned_host" in kinds and device.platform != "cpu"
+
+
 def _measured(dtype: DTypeLike) -> float:
     """The best of five square matrix products."""
     size = 1024

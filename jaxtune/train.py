@@ -20,6 +20,7 @@ from jaxtune.checkpoint.store import Store
 from jaxtune.errors import run_command
 from jaxtune.exports import write_results
 from jaxtune.faults import fault
+from jaxtune.fit import fitted_step
 from jaxtune.held_out import HeldOut
 from jaxtune.log import Log, every_few_seconds, info, warn
 from jaxtune.meter import Meter
@@ -27,7 +28,7 @@ from jaxtune.schema import RunConfig
 from jaxtune.sharding.mesh import make_mesh
 from jaxtune.sharding.rules import batch_shards
 from jaxtune.signals import StopSignal
-from jaxtune.step import TrainState, TrainStep, make_train_step
+from jaxtune.step import TrainState
 from jaxtune.tree import Params
 
 
@@ -66,7 +67,8 @@ def train(cfg: Any) -> Result:
         store = _store(cfg, folder)
         cleanup.callback(store.close)
         schedule = optim.make_schedule(cfg.optim, num_steps)
-        tx = optim.make_optimizer(cfg.optim, schedule, build.decayed(run))
+        tx = optim.make_optimizer(cfg.optim, schedule, build.trained_axes(run))
+        run, train_step = fitted_step(run, tx, schedule)
         state, frozen, start, position = _fill(run, tx, store)
         # Not before: a refused run must not replace the config of the run that is there.
         write_synced(folder / "config.json", config.to_json(cfg).encode())
@@ -77,7 +79,6 @@ def train(cfg: Any) -> Result:
             held_out.answer(0, state.trainable)
         if stop.received is not None:
             raise stop.error(f"stopped before step {start + 1} - start the same command again")
-        train_step = _train_step(run, tx, schedule)
         meter = Meter(run, log, _mean_length(batches.dataset))
         stream = batches.batches(position)
         cleanup.callback(stream.close)
@@ -161,12 +162,6 @@ def _store(cfg: RunConfig, folder: Path) -> Store:
         verify=cfg.checkpoint.verify,
         fingerprint=_fingerprint(cfg),
     )
-
-
-def _train_step(run: build.Run, tx: Any, schedule: Any) -> TrainStep:
-    shardings = build.shardings(build.abstract_state(run, tx))
-    seed = run.config.train.seed
-    return make_train_step(run.skeleton, run.objective, tx, schedule, seed, shardings)
 
 
 def _report(

@@ -1,0 +1,102 @@
+"""The train step with `model.remat=auto` decided by the compiled program's own account of memory.
+
+The step is compiled from shapes alone, before any weight is read, with the cheapest policy first;
+the first program that fits the devices is the one that trains.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxtune import build, hardware
+from jaxtune.data import TokenBatch
+from jaxtune.errors import ConfigError
+from jaxtune.log import info, warn
+from jaxtune.nn.stack import REMAT
+from jaxtune.sharding import rules
+from jaxtune.step import TrainStep, make_train_step
+
+# Of a device's memory, what a program may plan with; the rest is for the runtime and fragments.
+USABLE = 0.95
+
+
+def fitted_step(
+    run: build.Run, tx: optax.GradientTransformation, schedule: optax.Schedule
+) -> tuple[build.Run, TrainStep]:
+    """The run as it will be trained, and its train step.
+
+    Raises:
+        ConfigError: not even the leanest policy fits an accelerator.
+    """
+    device = run.mesh.devices.flat[0]
+    limit = hardware.memory_bytes(device)
+    if run.config.model.remat != "auto" or limit is None:
+        return run, _step(run, tx, schedule)
+    batch = _abstract_batch(run)
+    state = build.abstract_state(run, tx)
+    for name in REMAT:
+        if name == "offload" and not hardware.has_host_memory(device):
+            continue
+        candidate = run if name == run.policy.remat else build.with_remat(run, name)
+        step = _step(candidate, tx, schedule)
+        try:
+            compiled = step.lower(state, run.frozen, batch).compile()
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            info(f"remat {name}: the compiler found no way to fit the device's memory")
+            continue
+        needed = planned_bytes(compiled)
+        said = f"remat {name} needs {needed / 1e9:.2f} GB of {limit / 1e9:.2f} GB a device"
+        if needed <= USABLE * limit:
+            info(said)
+            return candidate, _step_for(batch, compiled, step)
+        info(f"{said}: too much")
+    if device.platform == "cpu":
+        warn("the step may need more memory than is free; lower train.micro_batch_size")
+        return candidate, step
+    raise ConfigError(
+        f"the step does not fit {limit / 1e9:.1f} GB of {device.device_kind} with any model.remat "
+        "- lower train.micro_batch_size or data.max_seq_len, set quant.format=nf4, or use more "
+        "devices"
+    )
+
+
+def planned_bytes(compiled: Any) -> int:
+    """Device memory that a compiled program plans with: arguments, results, temporaries, code."""
+    plan = compiled.memory_analysis()
+    live = plan.argument_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes
+    return live + plan.temp_size_in_bytes + plan.generated_code_size_in_bytes
+
+
+def _step(run: build.Run, tx: optax.GradientTransformation, schedule: optax.Schedule) -> Any:
+    shardings = build.shardings(build.abstract_state(run, tx))
+    seed = run.config.train.seed
+    return make_train_step(run.skeleton, run.objective, tx, schedule, seed, shardings)
+
+
+def _step_for(batch: Any, compiled: Any, step: TrainStep) -> TrainStep:
+    """The compiled program for batches of its shape; others are compiled as they come."""
+    shape = batch.tokens.shape
+
+    def train_step(state: Any, frozen: Any, given: Any) -> tuple:
+        return (compiled if given.tokens.shape == shape else step)(state, frozen, given)
+
+    return train_step
+
+
+def _abstract_batch(run: build.Run) -> TokenBatch:
+    """Shapes and shardings of the largest batch [A, B, T]."""
+    train = run.config.train
+    rows = train.micro_batch_size * rules.batch_shards(run.mesh)
+    shape = (train.gradient_accumulation_steps, rows, run.config.data.max_seq_len)
+    where = rules.sharding(shape, ("batch", None), run.mesh)
+    kinds = {field.name: jnp.int32 for field in dataclasses.fields(TokenBatch)}
+    kinds["weights"] = jnp.float32
+    leaves: Any = {
+        name: jax.ShapeDtypeStruct(shape, kind, sharding=where) for name, kind in kinds.items()
+    }
+    return TokenBatch(**leaves)
