@@ -9,6 +9,7 @@ from flax import nnx
 from jaxtune import ops
 from jaxtune.nn.linear import Linear
 from jaxtune.nn.params import Policy
+from jaxtune.ops.attention import Mask
 
 
 class Attention(nnx.Module):
@@ -87,8 +88,7 @@ class Attention(nnx.Module):
             ops.rotate(q, *rope),
             ops.rotate(k, *rope),
             v,
-            segments=segments,
-            query_offset=0,
+            mask=Mask(query_segments=segments[0], key_segments=segments[1]),
             softmax_dtype=jnp.dtype(self.policy.softmax_dtype),
             implementation=self.policy.attention,
         )

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from jaxtune import ops
+from jaxtune.ops.attention import Mask
 from tests import tolerances
 from tests.oracle import difference
 
@@ -40,11 +41,19 @@ def random_case(seed: int, b: int, t: int, n: int, k: int, h: int, examples: int
     return q, key, v, segments
 
 
+def packed(query_segments: Any, key_segments: Any = None) -> Mask:
+    """Causal within segments; the keys' ids are the queries' if not given."""
+    return Mask(
+        query_segments=query_segments,
+        key_segments=query_segments if key_segments is None else key_segments,
+    )
+
+
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
 @pytest.mark.parametrize("examples", [0, 3])
 def test_values_are_those_of_the_formula(implementation: str, examples: int):
     q, k, v, segments = random_case(0, 2, 37, 6, 2, 8, examples)
-    y = ops.attention(q, k, v, segments=(segments, segments), implementation=implementation)
+    y = ops.attention(q, k, v, mask=packed(segments), implementation=implementation)
     assert difference(y, plain(q, k, v, (segments, segments))) <= tolerances.OPS
 
 
@@ -66,9 +75,7 @@ def test_blocks_equal_the_reference(b: int, t: int, n: int, k: int, h: int, exam
 
     def run(implementation: str) -> Any:
         def attend(q: Any, k: Any, v: Any) -> Any:
-            return ops.attention(
-                q, k, v, segments=(segments, segments), implementation=implementation
-            )
+            return ops.attention(q, k, v, mask=packed(segments), implementation=implementation)
 
         y, pullback = jax.vjp(attend, q, key, v)
         return y, *pullback(dy)
@@ -85,7 +92,7 @@ def test_bfloat16_keeps_its_dtype_and_is_close():
 
     def run(q: Any, k: Any, v: Any, **options: Any) -> Any:
         def total(q: Any, k: Any, v: Any) -> Any:
-            y = ops.attention(q, k, v, segments=(segments, segments), **options)
+            y = ops.attention(q, k, v, mask=packed(segments), **options)
             return jnp.sin(y.astype(jnp.float32)).sum(), y
 
         return jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2), has_aux=True))(q, k, v)
@@ -100,13 +107,13 @@ def test_bfloat16_keeps_its_dtype_and_is_close():
 def test_queries_after_a_cache():
     q, k, v, segments = random_case(2, 2, 20, 4, 2, 8, 2)
     whole = plain(q, k, v, (segments, segments))
-    segments = (segments[:, 15:], segments)
+    mask = packed(segments[:, 15:], segments)
     y = ops.attention(
-        q[:, 15:], k, v, segments=segments, query_offset=jnp.int32(15), implementation="reference"
+        q[:, 15:], k, v, mask=mask, query_offset=jnp.int32(15), implementation="reference"
     )
     assert difference(y, whole[:, 15:]) <= tolerances.OPS
     with pytest.raises(NotImplementedError, match="same tokens"):
-        ops.attention(q[:, 15:], k, v, segments=segments, query_offset=15, implementation="xla")
+        ops.attention(q[:, 15:], k, v, mask=mask, query_offset=15, implementation="xla")
 
 
 def test_large_scores_do_not_overflow():

@@ -1,20 +1,63 @@
 """Attention: one function, several implementations.
 
-`reference` is dense and float32, the oracle of the tests; `xla` works in blocks, skips those above
-the diagonal, and saves only the inputs, the output and the log-sum-exp. Decoding has a function of
-its own, `cached.py`, because the cache is a second set of keys.
+`reference` is dense and float32, the oracle of the tests; `xla` works in blocks, skips those that
+the mask empties, and saves only the inputs, the output and the log-sum-exp. Decoding has a function
+of its own, `cached.py`, because the cache is a second set of keys.
+
+An implementation is a module with a function `attend(operands) -> (y, lse)`, imported when it is
+first asked for. Those of our own give `flash.py` their forward and backward pass.
 """
 
+import importlib
 from types import MappingProxyType
+from typing import TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from jaxtune.ops.attention.reference import attention as _reference
-from jaxtune.ops.attention.xla import attention as _xla
+from jaxtune.ops.attention.flash import Operands
+from jaxtune.ops.attention.mask import Columns, Mask
 
-IMPLEMENTATIONS = MappingProxyType({"reference": _reference, "xla": _xla})
+__all__ = [
+    "IMPLEMENTATIONS",
+    "Columns",
+    "Extras",
+    "Mask",
+    "attention",
+    "attention_with_lse",
+    "make_operands",
+]
+
+CAUSAL = Mask()
+
+# Name -> module of this folder.
+IMPLEMENTATIONS = MappingProxyType({"reference": "reference", "xla": "xla"})
+
+
+class Extras(TypedDict, total=False):
+    """What a call may say besides q, k, v and the mask; each has a default.
+
+    Attributes:
+        scale: what q k^T is multiplied with; None: 1 / sqrt(H).
+        softcap: scores become softcap * tanh(scores / softcap), before bias and mask (Gemma 2);
+            None: they stay.
+        sinks: float32 [N], one more logit for each head that only takes part in the softmax's
+            denominator (gpt-oss); counted in the log-sum-exp and differentiable. None: none.
+        alibi: float32 [N], slopes of the bias -slope * |query position - key position|
+            (arXiv 2108.12409), which prefix keys do not get; no gradient. None: no bias.
+        query_offset: position of the first query on the axis of key positions: tokens in the
+            cache, or how far apart two shards of a row are. 0 by default.
+        softmax_dtype: dtype in which probabilities meet the values (scores, their softmax and all
+            sums are float32). float32 by default.
+    """
+
+    scale: float | None
+    softcap: float | None
+    sinks: jax.Array | None
+    alibi: jax.Array | None
+    query_offset: int | jax.Array
+    softmax_dtype: DTypeLike
 
 
 def attention(
@@ -22,28 +65,113 @@ def attention(
     k: jax.Array,
     v: jax.Array,
     *,
-    segments: tuple[jax.Array | None, jax.Array | None] = (None, None),
-    query_offset: int | jax.Array = 0,
-    softmax_dtype: DTypeLike = jnp.float32,
+    mask: Mask = CAUSAL,
     implementation: str = "xla",
+    **extras: Unpack[Extras],
 ) -> jax.Array:
-    """Causal attention within segments: softmax(q k^T / sqrt(H)) v.
+    """softmax(mask(q k^T scale)) v, by default causal.
+
+    A query that sees no key gives 0, and gradients of 0.
 
     Args:
         q: [B, T, N, H].
         k, v: [B, S, K, H]; each key head serves N / K consecutive query heads.
-        segments: int32 ids of the queries [B, T] and keys [B, S]; a query sees keys of its own
-            segment only. (None, None): one segment.
-        query_offset: position of the first query on the key axis (tokens in the cache).
-        softmax_dtype: dtype in which probabilities meet the values.
+        mask: which key a query sees.
         implementation: a name of `IMPLEMENTATIONS`; a named one never falls back.
+        extras: see `Extras`.
 
     Returns:
         [B, T, N, H] in q's dtype.
 
     Raises:
+        ValueError: shapes do not fit.
         NotImplementedError: the implementation lacks what is asked for.
     """
-    return IMPLEMENTATIONS[implementation](
-        q, k, v, segments=segments, query_offset=query_offset, softmax_dtype=softmax_dtype
+    return _attend(implementation, make_operands(q, k, v, mask, **extras))[0]
+
+
+def attention_with_lse(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    mask: Mask = CAUSAL,
+    implementation: str = "xla",
+    **extras: Unpack[Extras],
+) -> tuple[jax.Array, jax.Array]:
+    """`attention` and the logarithm of the softmax's denominator, float32 [B, T, N].
+
+    Both are differentiable. For a query that sees nothing the logarithm is -1e30 (`mask.MASKED`),
+    with sinks that of its head's sink.
+    """
+    y, lse = _attend(implementation, make_operands(q, k, v, mask, **extras))
+    if lse is None:
+        raise NotImplementedError(f"{implementation} attention returns no log-sum-exp")
+    return y, lse
+
+
+def make_operands(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: Mask = CAUSAL,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: jax.Array | None = None,
+    alibi: jax.Array | None = None,
+    query_offset: int | jax.Array = 0,
+    softmax_dtype: DTypeLike = jnp.float32,
+) -> Operands:
+    """The record that implementations are called with, checked; see `attention` and `Extras`.
+
+    Raises:
+        ValueError: shapes do not fit.
+    """
+    b, t, n, h = q.shape
+    s, kv = k.shape[1:3]
+    if k.shape != (b, s, kv, h) or v.shape != k.shape or n % kv:
+        raise ValueError(f"q {q.shape}, k {k.shape} and v {v.shape} do not fit together")
+    _check(mask, (b, t), (b, s))
+    for name, array in (("sinks", sinks), ("alibi", alibi)):
+        if array is not None and array.shape != (n,):
+            raise ValueError(f"{name} {array.shape} must have one number for each of {n} heads")
+    return Operands(
+        q=q,
+        k=k,
+        v=v,
+        mask=mask,
+        sinks=None if sinks is None else jnp.asarray(sinks, jnp.float32),
+        alibi=None if alibi is None else jnp.asarray(alibi, jnp.float32),
+        query_offset=query_offset,
+        scale=h**-0.5 if scale is None else float(scale),
+        softcap=softcap,
+        softmax_dtype=jnp.dtype(softmax_dtype),
     )
+
+
+def _check(mask: Mask, queries: tuple[int, int], keys: tuple[int, int]) -> None:
+    """Raises ValueError unless the mask fits queries [B, T] and keys [B, S]."""
+    if (mask.query_segments is None) != (mask.key_segments is None):
+        raise ValueError("segment ids are needed for both queries and keys")
+    if mask.window is not None and mask.window < 1:
+        raise ValueError(f"window {mask.window} must be at least 1")
+    if not 0 <= mask.prefix <= keys[1]:
+        raise ValueError(f"prefix {mask.prefix} must be between 0 and the {keys[1]} keys")
+    arrays = {"query_segments": (mask.query_segments, queries)}
+    arrays["key_segments"] = (mask.key_segments, keys)
+    columns = mask.columns or Columns()
+    if columns.lts is None and columns.lte is not None:
+        raise ValueError("columns: lte needs lts")
+    if columns.ute is None and columns.uts is not None:
+        raise ValueError("columns: uts needs ute")
+    for name in ("lts", "lte", "uts", "ute"):
+        arrays[f"columns.{name}"] = (getattr(columns, name), keys)
+    for name, (array, shape) in arrays.items():
+        if array is not None and array.shape != shape:
+            raise ValueError(f"{name} {array.shape} must be {shape}")
+
+
+def _attend(implementation: str, operands: Operands) -> tuple[jax.Array, jax.Array | None]:
+    module = importlib.import_module(f"{__name__}.{IMPLEMENTATIONS[implementation]}")
+    return module.attend(operands)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from jaxtune.ops.attention.mask import visible
+from jaxtune.ops.attention.mask import MASKED, Mask, visible
 
 
 def cached_attention(
@@ -37,18 +37,19 @@ def cached_attention(
     query_segments, cached_segments = segments
     grouped = q.reshape(b, t, kv, n // kv, h).transpose(0, 2, 3, 1, 4).reshape(b, kv, -1, h)
 
-    def scores(keys: jax.Array, mask: jax.Array) -> jax.Array:
+    def scores(keys: jax.Array, sees: jax.Array | None) -> jax.Array:
         dots = jnp.einsum("bkqh,bksh->bkqs", grouped, keys, preferred_element_type=jnp.float32)
         dots = dots.reshape(b, kv, n // kv, t, -1) * h**-0.5
-        return jnp.where(mask[:, None, None], dots, -1e30)
+        return dots if sees is None else jnp.where(sees[:, None, None], dots, MASKED)
 
     def mix(weights: jax.Array, values: jax.Array) -> jax.Array:
         weights = weights.reshape(b, kv, -1, weights.shape[-1])
         return jnp.einsum("bkqs,bksh->bkqh", weights, values, preferred_element_type=jnp.float32)
 
     index = jnp.arange(t)
+    mask = Mask(query_segments=query_segments[:, :, None], key_segments=query_segments[:, None, :])
     before = scores(cached[0], query_segments[:, :, None] == cached_segments[:, None, :])
-    among = scores(new[0], visible(index, index, query_segments, query_segments))
+    among = scores(new[0], visible(mask, index[:, None], index[None, :]))
     weights = jax.nn.softmax(jnp.concatenate([before, among], axis=-1), axis=-1)
     weights = weights.astype(softmax_dtype)
     y = mix(weights[..., :s], cached[1]) + mix(weights[..., s:], new[1])  # [B, K, G T, H]

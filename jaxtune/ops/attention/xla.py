@@ -10,32 +10,28 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
-from jax.typing import DTypeLike
 
-from jaxtune.ops.attention.mask import visible
-
-Segments = tuple[jax.Array | None, jax.Array | None]
+from jaxtune.ops.attention import flash
+from jaxtune.ops.attention.flash import Operands
+from jaxtune.ops.attention.mask import MASKED, Mask, visible
 
 
-def attention(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    *,
-    segments: Segments,
-    query_offset: int | jax.Array,
-    softmax_dtype: DTypeLike,
-) -> jax.Array:
-    """See `ops.attention`; only for queries that start where the keys do."""
-    if not (isinstance(query_offset, int) and query_offset == 0) or q.shape[1] != k.shape[1]:
+def _heads_first(operands: Operands) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """q [B, K, G, T, H] with G = N / K, k and v [B, K, T, H]."""
+    b, t, n, h = operands.q.shape
+    kv = operands.k.shape[2]
+    q = operands.q.transpose(0, 2, 1, 3).reshape(b, kv, n // kv, t, h)
+    return q, operands.k.transpose(0, 2, 1, 3), operands.v.transpose(0, 2, 1, 3)
+
+
+def _check(operands: Operands) -> None:
+    if not (isinstance(operands.query_offset, int) and operands.query_offset == 0) or (
+        operands.q.shape[1] != operands.k.shape[1]
+    ):
         raise NotImplementedError("blockwise attention needs queries and keys of the same tokens")
-    b, t, n, h = q.shape
-    kv = k.shape[2]
-    heads_first = q.transpose(0, 2, 1, 3).reshape(b, kv, n // kv, t, h)
-    k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
-    y: jax.Array = _attend(heads_first, k, v, segments, jnp.dtype(softmax_dtype))
-    return y.reshape(b, n, t, h).transpose(0, 2, 1, 3)
+    for name in ("sinks", "alibi", "softcap"):
+        if getattr(operands, name) is not None:
+            raise NotImplementedError(f"blockwise attention with {name}")
 
 
 def _blocks(t: int) -> list[tuple[int, int]]:
@@ -44,40 +40,36 @@ def _blocks(t: int) -> list[tuple[int, int]]:
     return [(start, min(t, start + size)) for start in range(0, t, size)]
 
 
-def _sees(rows: tuple[int, int], cols: tuple[int, int], segments: Segments) -> jax.Array:
+def _sees(rows: tuple[int, int], cols: tuple[int, int], mask: Mask) -> jax.Array:
     """[B or 1, 1, 1, rows, cols]: `visible` for a block."""
-    of_queries, of_keys = segments
-    mask = visible(
-        jnp.arange(*rows),
-        jnp.arange(*cols),
-        None if of_queries is None else of_queries[:, slice(*rows)],
-        None if of_keys is None else of_keys[:, slice(*cols)],
+    if not mask.causal or mask.window or mask.prefix or mask.columns:
+        raise NotImplementedError("blockwise attention is causal within segments")
+    of_queries, of_keys = mask.query_segments, mask.key_segments
+    mask = Mask(
+        query_segments=None if of_queries is None else of_queries[:, slice(*rows), None],
+        key_segments=None if of_keys is None else of_keys[:, None, slice(*cols)],
     )
-    return mask[:, None, None]
+    sees = visible(mask, jnp.arange(*rows)[None, :, None], jnp.arange(*cols)[None, None, :])
+    assert sees is not None
+    return sees[:, None, None]
 
 
 def _dot(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
     return jnp.einsum(spec, x, y, preferred_element_type=jnp.float32)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _attend(
-    q: jax.Array, k: jax.Array, v: jax.Array, segments: Segments, softmax_dtype: jnp.dtype
-) -> jax.Array:
-    """q [B, K, G, T, H] with G = N / K, k and v [B, K, T, H] -> [B, K, G, T, H]."""
-    return _forward(q, k, v, segments, softmax_dtype)[0]
-
-
-def _forward(
-    q: jax.Array, k: jax.Array, v: jax.Array, segments: Segments, softmax_dtype: jnp.dtype
-) -> tuple:
+def _forward(operands: Operands) -> tuple[jax.Array, jax.Array]:
+    _check(operands)
+    q, k, v = _heads_first(operands)
+    mask, softmax_dtype = operands.mask, operands.softmax_dtype
     b, kv, g, t, h = q.shape
     outputs, sums = [], []
     for start, end in _blocks(t):
         rows = end - start
         block = q[:, :, :, start:end].reshape(b, kv, g * rows, h)
         scores = _dot("bkth,bksh->bkts", block, k[:, :, :end]).reshape(b, kv, g, rows, end)
-        scores = jnp.where(_sees((start, end), (0, end), segments), scores * h**-0.5, -1e30)
+        scores *= operands.scale
+        scores = jnp.where(_sees((start, end), (0, end), mask), scores, MASKED)
         top = scores.max(axis=-1, keepdims=True)
         weights = jnp.exp(scores - top).astype(softmax_dtype)
         total = weights.astype(jnp.float32).sum(axis=-1, keepdims=True)
@@ -85,15 +77,19 @@ def _forward(
         y = _dot("bkts,bksh->bkth", weights, v[:, :, :end].astype(softmax_dtype))
         outputs.append((y.reshape(b, kv, g, rows, h) / total).astype(q.dtype))
         sums.append((top + jnp.log(total))[..., 0])
-    y = checkpoint_name(jnp.concatenate(outputs, axis=3), "attention")
-    log_sums = checkpoint_name(jnp.concatenate(sums, axis=3), "attention")
-    return y, (q, k, v, segments, y, log_sums)
+    y = jnp.concatenate(outputs, axis=3).reshape(b, kv * g, t, h)
+    lse = jnp.concatenate(sums, axis=3).reshape(b, kv * g, t)
+    return y.transpose(0, 2, 1, 3), lse.transpose(0, 2, 1)
 
 
-def _backward(softmax_dtype: jnp.dtype, saved: tuple, dy: jax.Array) -> tuple:
-    q, k, v, segments, y, log_sums = saved
+def _backward(
+    operands: Operands, lse: jax.Array, dy: jax.Array, delta: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    q, k, v = _heads_first(operands)
+    mask, softmax_dtype = operands.mask, operands.softmax_dtype
     b, kv, g, t, h = q.shape
-    delta = (dy.astype(jnp.float32) * y.astype(jnp.float32)).sum(axis=-1)  # [B, K, G, T]
+    dy = dy.transpose(0, 2, 1, 3).reshape(q.shape)
+    lse, delta = (x.transpose(0, 2, 1).reshape(b, kv, g, t) for x in (lse, delta))
     dk, dv = [], []
     dq = jnp.zeros((b, kv, h, g, t), jnp.float32)
     k_transposed = k.swapaxes(2, 3)
@@ -102,21 +98,21 @@ def _backward(softmax_dtype: jnp.dtype, saved: tuple, dy: jax.Array) -> tuple:
         queries = q[:, :, :, start:].reshape(b, kv, g * cols, h)
         dys = dy[:, :, :, start:].reshape(b, kv, g * cols, h)
         scores = _dot("bksh,bkth->bkst", k[:, :, start:end], queries)
-        scores = scores.reshape(b, kv, end - start, g, cols) * h**-0.5
-        sees = _sees((start, t), (start, end), segments).transpose(0, 1, 4, 2, 3)
-        weights = jnp.exp(scores - log_sums[:, :, None, :, start:])
+        scores = scores.reshape(b, kv, end - start, g, cols) * operands.scale
+        sees = _sees((start, t), (start, end), mask).transpose(0, 1, 4, 2, 3)
+        weights = jnp.exp(scores - lse[:, :, None, :, start:])
         weights = jnp.where(sees, weights, 0.0)
         dweights = _dot("bksh,bkth->bkst", v[:, :, start:end], dys).reshape(scores.shape)
-        dscores = weights * (dweights - delta[:, :, None, :, start:]) * h**-0.5
+        dscores = weights * (dweights - delta[:, :, None, :, start:]) * operands.scale
         dscores = dscores.astype(q.dtype).reshape(b, kv, end - start, g * cols)
         weights = weights.astype(softmax_dtype).reshape(dscores.shape)
         dv.append(_dot("bkst,bkth->bksh", weights, dys.astype(softmax_dtype)))
         dk.append(_dot("bkst,bkth->bksh", dscores, queries))
         part = _dot("bkhs,bkst->bkht", k_transposed[:, :, :, start:end], dscores)
         dq = dq.at[..., start:].add(part.reshape(b, kv, h, g, cols))
-    dq = dq.transpose(0, 1, 3, 4, 2).astype(q.dtype)
-    dk, dv = (jnp.concatenate(parts, axis=2).astype(q.dtype) for parts in (dk, dv))
-    return dq, dk, dv, (None, None)
+    dq = dq.transpose(0, 4, 1, 3, 2).reshape(operands.q.shape).astype(q.dtype)
+    dk, dv = (jnp.concatenate(parts, axis=2).transpose(0, 2, 1, 3) for parts in (dk, dv))
+    return dq, dk.astype(k.dtype), dv.astype(v.dtype)
 
 
-_attend.defvjp(_forward, _backward)
+attend = functools.partial(flash.attend, flash.Passes(_forward, _backward))
