@@ -173,6 +173,7 @@ def _unread(c: RunConfig) -> list[str]:
     """Fields that were set although another field makes sure that nobody reads them."""
     formats = {item.partition("=")[0] for item in c.quant.format}
     shape = ("rank", "alpha", "rslora", "target_modules", "exclude_modules", "layers_to_transform")
+    only_muon = c.optim.name == "muon" and c.peft.method == "lora"
     rules = (
         (c.peft.method == "full", "peft", (*shape, "dropout"), "peft.method=full has no adapters"),
         (c.peft.adapter is not None, "peft", shape, "peft.adapter brings its own"),
@@ -182,6 +183,9 @@ def _unread(c: RunConfig) -> list[str]:
         (c.data.on_bad_row == "error", "data", ("max_bad_fraction",), "needs on_bad_row=skip"),
         (c.train.num_steps is not None, "train", ("num_epochs",), "train.num_steps decides"),
         (c.optim.schedule == "constant", "optim", ("min_lr_ratio",), "optim.schedule is constant"),
+        (c.optim.name == "adafactor", "optim", ("b1", "b2", "eps"), "adafactor has its own"),
+        (c.optim.name == "lion", "optim", ("eps",), "lion divides by nothing"),
+        (only_muon, "optim", ("b2", "eps"), "muon keeps no second moment of matrices"),
         (not c.eval.exact_match, "eval", ("max_rows", "max_new_tokens"), "needs eval.exact_match"),
     )
     problems = []

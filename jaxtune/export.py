@@ -110,7 +110,7 @@ def _restore_as(cfg: RunConfig, store: Store, step: int | None) -> tuple[build.R
     mesh = make_mesh({"data": 1, "fsdp": -1, "tensor": 1})
     run = build.describe(cfg, mesh, open_checkpoint(cfg.model.path, cfg.model.revision))
     schedule = optim.make_schedule(cfg.optim, cfg.train.num_steps or 1)
-    tx = optim.make_optimizer(cfg.optim, schedule, build.decayed(run))
+    tx = optim.make_optimizer(cfg.optim, schedule, build.trained_axes(run))
     restored = store.restore(step, build.abstract_state(run, tx))
     assert restored is not None  # there are steps, and damaged ones raise
     found, state, _ = restored

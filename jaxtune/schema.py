@@ -191,7 +191,13 @@ class Objective:
 class Optim:
     """The optimizer and its schedule."""
 
-    name: str = _field("adamw", "optimizer", choices=("adamw",))
+    name: str = _field(
+        "adamw",
+        "adamw; adamw8bit: its moments in 8 bits, as bitsandbytes'; adafactor: factored second "
+        "moment; lion: sign of the momentum; muon: orthogonalised momentum of matrices, adamw for "
+        "the rest",
+        choices=("adamw", "adamw8bit", "adafactor", "lion", "muon"),
+    )
     learning_rate: float = _field(2e-4, "peak learning rate", low=0.0, high=10.0)
     schedule: str = _field(
         "linear", "shape after warm-up", choices=("linear", "cosine", "constant")
@@ -203,11 +209,27 @@ class Optim:
     min_lr_ratio: float = _field(
         0.0, "final learning rate as a share of the peak", low=0.0, high=1.0
     )
-    b1: float = _field(0.9, "decay of the first moment", low=0.0, high=0.9999999)
-    b2: float = _field(0.999, "decay of the second moment", low=0.0, high=0.9999999)
-    eps: float = _field(1e-8, "added to the root of the second moment", low=0.0)
+    b1: float | None = _field(
+        None,
+        "decay of the first moment; default: 0.9, for the matrices of muon 0.95",
+        low=0.0,
+        high=0.9999999,
+    )
+    b2: float | None = _field(
+        None,
+        "decay of the second moment (of lion: of the momentum that is kept); default: 0.999, "
+        "for lion 0.99",
+        low=0.0,
+        high=0.9999999,
+    )
+    eps: float = _field(
+        1e-8, "added to the root of the second moment by adamw, adamw8bit and muon", low=0.0
+    )
     weight_decay: float = _field(0.0, "decoupled weight decay of matrices", low=0.0, high=1.0)
     max_grad_norm: float = _field(1.0, "global gradient norm is clipped to this; 0: off", low=0.0)
+    offload: bool = _field(
+        False, "keep the optimizer's state in host memory, on the device only during the update"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

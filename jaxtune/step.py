@@ -13,8 +13,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding
 
 from jaxtune import peft
+from jaxtune.sharding.mesh import HOST
 from jaxtune.tree import Params, Skeleton
 
 Metrics = dict[str, jax.Array]
@@ -88,9 +90,9 @@ def make_train_step(
             "targets": sums["weight"],
         }
         good = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
-        updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
+        old = (state.trainable, _on_device(state.opt_state, state_shardings))
+        updates, opt_state = tx.update(grads, old[1], state.trainable)
         new = (optax.apply_updates(state.trainable, updates), opt_state)
-        old = (state.trainable, state.opt_state)
         trainable, opt_state = jax.tree.map(functools.partial(jnp.where, good), new, old)
         bad_steps = jnp.where(good, 0, state.bad_steps + 1)
         metrics |= {"bad_steps": bad_steps, "skipped": ~good}
@@ -116,6 +118,19 @@ def _zeros_of(gradient: Callable, trainable: Params, frozen: Params, batch: Any,
     first = jax.tree.map(lambda leaf: leaf[0], (batch, keys))
     (value, sums), grads = jax.eval_shape(gradient, trainable, frozen, *first)
     return jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.float32), (value, sums, grads))
+
+
+def _on_device(opt_state: Any, state_shardings: Any) -> Any:
+    """The optimizer's state out of host memory, where the step's result is put back."""
+    if state_shardings is None:
+        return opt_state
+
+    def bring(leaf: jax.Array, sharding: NamedSharding) -> jax.Array:
+        if sharding.memory_kind != HOST:
+            return leaf
+        return jax.device_put(leaf, sharding.with_memory_kind("device"))
+
+    return jax.tree.map(bring, opt_state, state_shardings.opt_state)
 
 
 def _applied_steps(opt_state: Any) -> jax.Array:

@@ -34,7 +34,7 @@ def run_folder(folder: Path, layers: str = "scan", **peft: Any) -> tuple[Path, d
     mesh = make_mesh({"data": 1, "fsdp": 2, "tensor": 1}, jax.devices()[:2])
     run = build.describe(cfg, mesh, open_checkpoint(cfg.model.path))
     schedule = optim.make_schedule(cfg.optim, 2)
-    tx = optim.make_optimizer(cfg.optim, schedule, build.decayed(run))
+    tx = optim.make_optimizer(cfg.optim, schedule, build.trained_axes(run))
     values = build.fill_base(run, lambda done, total: None)
     values |= build.fill_adapter(run) if run.adapter is not None else {}
     store = Store(folder / "checkpoints", keep_last=2)

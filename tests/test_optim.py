@@ -69,8 +69,8 @@ def test_adamw_and_clipping_are_those_of_torch(max_grad_norm: float):
         {"params": [theirs["bias"]], "weight_decay": 0.0},
     ]
     adamw = torch.optim.AdamW(groups, lr=0.05, betas=(0.8, 0.95), eps=1e-6)
-    decayed = {"matrix": True, "bias": False}
-    tx = make_optimizer(numbers, make_schedule(numbers, 10), decayed)
+    axes = {"matrix": ("embed", "mlp"), "bias": ("mlp",)}
+    tx = make_optimizer(numbers, make_schedule(numbers, 10), axes)
     ours: Any = jax.tree.map(jnp.asarray, start)
     state = tx.init(ours)
     for step in range(10):

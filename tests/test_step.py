@@ -191,7 +191,7 @@ def test_eight_devices_are_one_device_in_full_fine_tuning(full: Trainee):
 
 def adamw(trainable: Any) -> Any:
     numbers = optim.Optim(learning_rate=0.5, weight_decay=0.1)
-    return optim.make_optimizer(numbers, RATE, dict.fromkeys(trainable, True))
+    return optim.make_optimizer(numbers, RATE, dict.fromkeys(trainable, ("embed", None)))
 
 
 @pytest.fixture(scope="module")

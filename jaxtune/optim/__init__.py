@@ -1,45 +1,92 @@
-"""The optimizer: a schedule and an optax chain from plain numbers."""
+"""The optimizer: a schedule and an optax chain from plain numbers.
 
-from collections.abc import Mapping
+    clip the global norm -> direction -> decoupled weight decay of matrices -> - learning rate
+
+Optimizers differ in the direction only; `OPTIMIZERS` has one constructor for each. Parameters come
+in stacks of layers, so a constructor gets the names of a parameter's trailing axes: what it does
+with a matrix as a whole (blocks, rows and columns, norms, orthogonalisation) it does with each
+layer's matrix by itself.
+
+Bytes of state per trained parameter, of a matrix: adamw 8, adamw8bit 2.03, lion and muon 4,
+adafactor 4 (D + F) / (D F), which is next to nothing.
+"""
+
+from collections.abc import Callable, Mapping
 
 import optax
 
+from jaxtune.optim.adafactor import scale_by_adafactor
+from jaxtune.optim.adamw8bit import scale_by_adam8bit
+from jaxtune.optim.muon import scale_by_muon
+from jaxtune.optim.schedules import make_schedule
 from jaxtune.schema import Optim
 
+__all__ = ["OPTIMIZERS", "Axes", "make_optimizer", "make_schedule"]
 
-def make_schedule(config: Optim, num_steps: int) -> optax.Schedule:
-    """Learning rate by step: linear warm-up, then constant, linear or cosine to the end.
+# Names of the trailing axes of each trained parameter; leading axes are stacks of layers.
+Axes = Mapping[str, tuple[str | None, ...]]
+Constructor = Callable[[Optim, Axes], optax.GradientTransformation]
 
-    As in transformers' schedulers the first step has learning rate 0 when there is a warm-up, and
-    decay ends at `num_steps`.
-    """
-    warmup = config.warmup_steps or round(config.warmup_ratio * num_steps)
-    rest, peak = max(num_steps - warmup, 1), config.learning_rate
-    after = {
-        "constant": optax.constant_schedule(peak),
-        "linear": optax.linear_schedule(peak, peak * config.min_lr_ratio, rest),
-        "cosine": optax.cosine_decay_schedule(peak, rest, alpha=config.min_lr_ratio),
-    }[config.schedule]
-    return optax.join_schedules([optax.linear_schedule(0.0, peak, max(warmup, 1)), after], [warmup])
+
+def _adamw(config: Optim, axes: Axes) -> optax.GradientTransformation:
+    return optax.scale_by_adam(*_decays(config, 0.9, 0.999), config.eps)
+
+
+def _adamw8bit(config: Optim, axes: Axes) -> optax.GradientTransformation:
+    return scale_by_adam8bit(*_decays(config, 0.9, 0.999), config.eps, axes)
+
+
+def _adafactor(config: Optim, axes: Axes) -> optax.GradientTransformation:
+    return scale_by_adafactor(axes)
+
+
+def _lion(config: Optim, axes: Axes) -> optax.GradientTransformation:
+    return optax.scale_by_lion(*_decays(config, 0.9, 0.99))
+
+
+def _muon(config: Optim, axes: Axes) -> optax.GradientTransformation:
+    return scale_by_muon(
+        *_decays(config, 0.95, 0.999), 0.9 if config.b1 is None else config.b1, config.eps, axes
+    )
+
+
+OPTIMIZERS: Mapping[str, Constructor] = {
+    "adamw": _adamw,
+    "adamw8bit": _adamw8bit,
+    "adafactor": _adafactor,
+    "lion": _lion,
+    "muon": _muon,
+}
+
+
+def _decays(config: Optim, b1: float, b2: float) -> tuple[float, float]:
+    """The config's decay of both moments, or else the optimizer's own."""
+    return (
+        b1 if config.b1 is None else config.b1,
+        b2 if config.b2 is None else config.b2,
+    )
 
 
 def make_optimizer(
-    config: Optim, schedule: optax.Schedule, decayed: Mapping[str, bool]
+    config: Optim, schedule: optax.Schedule, axes: Axes
 ) -> optax.GradientTransformation:
-    """Clipping by global norm, then AdamW (Loshchilov & Hutter 2017, arXiv 1711.05101).
+    """Clipping by global norm, then a row of `OPTIMIZERS` with decoupled weight decay.
+
+    Decoupled: p <- p - learning_rate (direction + weight_decay p) (Loshchilov & Hutter 2017, arXiv
+    1711.05101). Matrices decay; norms and biases do not.
 
     Args:
         config: numbers of the optimizer.
         schedule: learning rate by step.
-        decayed: for each parameter, whether weight decay applies (matrices, not norms and biases).
+        axes: of each parameter, by name.
     """
-    clip = optax.clip_by_global_norm(config.max_grad_norm)
-    adamw = optax.adamw(
-        schedule,
-        b1=config.b1,
-        b2=config.b2,
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-        mask=dict(decayed),
+    step = optax.chain(
+        OPTIMIZERS[config.name](config, axes),
+        optax.add_decayed_weights(
+            config.weight_decay, {name: len(names) >= 2 for name, names in axes.items()}
+        ),
+        optax.scale_by_learning_rate(schedule),
     )
-    return optax.chain(clip, adamw) if config.max_grad_norm else adamw
+    if not config.max_grad_norm:
+        return step
+    return optax.chain(optax.clip_by_global_norm(config.max_grad_norm), step)

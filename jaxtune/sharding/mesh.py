@@ -10,6 +10,8 @@ from jax.sharding import AxisType, Mesh
 
 from jaxtune.errors import ConfigError
 
+HOST = "pinned_host"  # the memory kind of a device that is its host's memory
+
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
     """Arranges devices in the given axes, one of which may be -1 (all that are left).
@@ -29,3 +31,14 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
     axis_types = (AxisType.Auto,) * len(resolved)
     shape = tuple(resolved.values())
     return Mesh(np.array(devices).reshape(shape), tuple(resolved), axis_types=axis_types)
+
+
+def require_host_memory(mesh: Mesh, option: str) -> None:
+    """Raises ConfigError if the devices cannot keep arrays in their host's memory."""
+    device = mesh.devices.flat[0]
+    kinds = {memory.kind for memory in device.addressable_memories()}
+    if HOST not in kinds:
+        raise ConfigError(
+            f"config.{option} needs devices with host memory ({HOST}); {device.platform} has "
+            f"{', '.join(sorted(kinds))} - turn it off"
+        )

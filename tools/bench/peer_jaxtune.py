@@ -60,7 +60,7 @@ peak = peak_jax(args.dtype) if args.peak else None
 mesh = make_mesh({"data": 1, "fsdp": -1, "tensor": 1})
 run = build.describe(cfg, mesh, open_checkpoint(args.model))
 schedule = optim.make_schedule(cfg.optim, args.steps)
-tx = optim.make_optimizer(cfg.optim, schedule, build.decayed(run))
+tx = optim.make_optimizer(cfg.optim, schedule, build.trained_axes(run))
 values = build.fill_base(run, lambda done, total: None)
 if run.adapter is not None:
     values |= build.fill_adapter(run)
