@@ -1,82 +1,126 @@
-"""Matrix products with a weight that may be frozen, alone or with a low-rank adapter.
+"""Matrix products with a weight that may be frozen or quantized, alone or with a low-rank adapter.
 
-Gradients are written by hand for three reasons: operands stay in the compute dtype while sums are
+Gradients are written by hand for four reasons: operands stay in the compute dtype while sums are
 float32 (XLA for CPU and the matrix units of TPU and GPU have a fast path for just that form, which
-autodiff would leave in the backward pass); the gradient of a frozen weight is never computed; and
-the products that make an adapter's gradients contract over the last axis of a small left operand (a
-left operand contracted over its leading axis has no fast kernel on CPU).
+autodiff would leave in the backward pass); the gradient of a frozen weight is never computed; a
+quantized weight is saved for the backward pass as it is, in codes and scales, and decoded again;
+and the products that make an adapter's gradients contract over the last axis of a small left
+operand (a left operand contracted over its leading axis has no fast kernel on CPU).
+
+An implementation is a module with two functions: `forward` (x W + u v) and `transposed`
+(g W^T + u v). A dense weight is always XLA's.
 """
+
+import dataclasses
+import functools
+import importlib
+from types import MappingProxyType, ModuleType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
-from jax.typing import DTypeLike
+
+from jaxtune.ops.matmul import xla
+from jaxtune.ops.matmul.xla import Pair, dot
+from jaxtune.quant import QArray
+
+__all__ = ["IMPLEMENTATIONS", "adapted_matmul", "dot", "matmul"]
+
+Weight = jax.Array | QArray
+
+# Name -> module of this folder that multiplies with a quantized weight, imported when it is used.
+IMPLEMENTATIONS = MappingProxyType({"xla": "xla"})
 
 
-def dot(x: jax.Array, w: jax.Array, dtype: DTypeLike) -> jax.Array:
-    """[..., D] x [D, F] -> [..., F], summed in float32 and returned in `dtype`."""
-    return jnp.einsum("...d,df->...f", x, w, preferred_element_type=jnp.float32).astype(dtype)
+def matmul(x: jax.Array, w: Weight, *, implementation: str = "xla") -> jax.Array:
+    """x [..., D] times w [D, F], computed and returned in x's dtype: [..., F].
+
+    Args:
+        x: [..., D], float32 or bfloat16.
+        w: [D, F], an array or quantized.
+        implementation: of the product with a quantized weight, a key of `IMPLEMENTATIONS`.
+
+    Raises:
+        NotImplementedError: the gradient of a quantized weight is asked for, or the implementation
+            does not support its layout.
+    """
+    return _matmul(implementation, x, w)
 
 
-@jax.custom_vjp
-def matmul(x: jax.Array, w: jax.Array) -> jax.Array:
-    """x [..., D] times w [D, F], computed and returned in x's dtype."""
-    return dot(x, w.astype(x.dtype), x.dtype)
+def adapted_matmul(
+    x: jax.Array, w: Weight, a: jax.Array, b: jax.Array, *, implementation: str = "xla"
+) -> jax.Array:
+    """x (w + a b), the product of an adapted layer, computed and returned in x's dtype: [..., F].
+
+    In float32 with many rows XLA adds the small product a b to the weight first, which costs fewer
+    operations than two more products with x; otherwise (few rows, a dtype in which the sum would
+    round the adapter away, or a kernel) it is x w + (x a) b.
+
+    Args:
+        x: [..., D], float32 or bfloat16.
+        w: [D, F], an array or quantized; its gradient is not available: the base of an adapter is
+            frozen.
+        a: [D, R], any float dtype.
+        b: [R, F], scaled already.
+        implementation: as for `matmul`.
+
+    Raises:
+        NotImplementedError: the gradient of `w` is asked for, or the implementation does not
+            support its layout.
+    """
+    return _adapted(implementation, x, w, a, b)
 
 
-def _matmul_forward(x: CustomVJPPrimal, w: CustomVJPPrimal) -> tuple:
-    return matmul(x.value, w.value), (x.value if w.perturbed else None, w.value)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _matmul(implementation: str, x: jax.Array, w: Weight) -> jax.Array:
+    return _forward(implementation, x, w)
 
 
-def _matmul_backward(saved: tuple, g: jax.Array | SymbolicZero) -> tuple:
+def _matmul_forward(implementation: str, x: CustomVJPPrimal, w: Any) -> tuple:
+    values, learns = _unwrap(w)
+    if learns and isinstance(values, QArray):
+        raise NotImplementedError("a quantized weight has no gradient")
+    saved = x.value if learns else None
+    return _matmul(implementation, x.value, values), (saved, values)
+
+
+def _matmul_backward(implementation: str, saved: tuple, g: jax.Array | SymbolicZero) -> tuple:
     x, w = saved
     g = _materialize(g)
-    dx = dot(g, w.astype(g.dtype).T, g.dtype)
+    dx = _transposed(implementation, g, w)
     return dx, None if x is None else _weight_gradient(x, g).astype(w.dtype)
 
 
-matmul.defvjp(_matmul_forward, _matmul_backward, symbolic_zeros=True)
+_matmul.defvjp(_matmul_forward, _matmul_backward, symbolic_zeros=True)
 
 
-@jax.custom_vjp
-def adapted_matmul(x: jax.Array, w: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
-    """x (w + a b), the product of an adapted layer, computed and returned in x's dtype.
-
-    In float32 with many rows the small product a b is added to the weight first, which costs fewer
-    operations than two more products with x; otherwise (few rows, or a dtype in which the sum would
-    round the adapter away) it is x w + (x a) b.
-
-    Args:
-        x: [..., D].
-        w: [D, F]; its gradient is not available: the base of an adapter is frozen.
-        a: [D, R], any float dtype.
-        b: [R, F], scaled already.
-    """
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _adapted(implementation: str, x: jax.Array, w: Weight, a: jax.Array, b: jax.Array) -> jax.Array:
     a, b = a.astype(x.dtype), b.astype(x.dtype)
-    if _merges(x, w):
-        return dot(x, _merged(w, a, b), x.dtype)
-    base = dot(x, w.astype(x.dtype), jnp.float32)
-    return (base + dot(dot(x, a, x.dtype), b, jnp.float32)).astype(x.dtype)
+    if _merges(implementation, x, w):
+        return dot(x, xla.dense(w, x.dtype) + a @ b, x.dtype)
+    return _forward(implementation, x, w, (dot(x, a, x.dtype), b))
 
 
 def _adapted_forward(
-    x: CustomVJPPrimal, w: CustomVJPPrimal, a: CustomVJPPrimal, b: CustomVJPPrimal
+    implementation: str, x: CustomVJPPrimal, w: Any, a: CustomVJPPrimal, b: CustomVJPPrimal
 ) -> tuple:
-    if w.perturbed:
+    values, learns = _unwrap(w)
+    if learns:
         raise NotImplementedError("the base weight of an adapted product has no gradient")
-    operands = (x.value, w.value, a.value, b.value)
-    return adapted_matmul(*operands), operands
+    operands = (x.value, values, a.value, b.value)
+    return _adapted(implementation, *operands), operands
 
 
-def _adapted_backward(saved: tuple, g: jax.Array | SymbolicZero) -> tuple:
+def _adapted_backward(implementation: str, saved: tuple, g: jax.Array | SymbolicZero) -> tuple:
     x, w, a_master, b_master = saved
     g = _materialize(g)
     a, b = a_master.astype(x.dtype), b_master.astype(x.dtype)
-    if _merges(x, w):
-        dx = dot(g, _merged(w, a, b).T, g.dtype)
+    if _merges(implementation, x, w):
+        dx = dot(g, (xla.dense(w, x.dtype) + a @ b).T, g.dtype)
     else:
-        base = dot(g, w.astype(g.dtype).T, jnp.float32)
-        dx = (base + dot(dot(g, b.T, g.dtype), a.T, jnp.float32)).astype(g.dtype)
+        dx = _transposed(implementation, g, w, (dot(g, b.T, g.dtype), a.T))
     x, g = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
     gb = jnp.einsum("rf,mf->rm", b, g, preferred_element_type=jnp.float32).astype(g.dtype)
     # The barriers keep XLA from folding the small transposes into the products, which would turn
@@ -90,17 +134,42 @@ def _adapted_backward(saved: tuple, g: jax.Array | SymbolicZero) -> tuple:
     return dx, None, da.astype(a_master.dtype), db.astype(b_master.dtype)
 
 
-adapted_matmul.defvjp(_adapted_forward, _adapted_backward, symbolic_zeros=True)
+_adapted.defvjp(_adapted_forward, _adapted_backward, symbolic_zeros=True)
 
 
-def _merges(x: jax.Array, w: jax.Array) -> bool:
+def _forward(implementation: str, x: jax.Array, w: Weight, low: Pair | None = None) -> jax.Array:
+    module = _module(implementation, w)
+    if isinstance(w, QArray) and w.order is not None:
+        x, w = x[..., w.order], dataclasses.replace(w, order=None)
+    return module.forward(x, w, low)
+
+
+def _transposed(implementation: str, g: jax.Array, w: Weight, low: Pair | None = None) -> jax.Array:
+    module = _module(implementation, w)
+    if not isinstance(w, QArray) or w.order is None:
+        return module.transposed(g, w, low)
+    rows = jnp.argsort(w.order)
+    low = low and (low[0], low[1][:, w.order])
+    return module.transposed(g, dataclasses.replace(w, order=None), low)[..., rows]
+
+
+def _module(implementation: str, w: Weight) -> ModuleType:
+    name = IMPLEMENTATIONS[implementation]
+    return importlib.import_module(f"{__name__}.{name}") if isinstance(w, QArray) else xla
+
+
+def _merges(implementation: str, x: jax.Array, w: Weight) -> bool:
     rows = x.size // x.shape[-1]
     d, f = w.shape
-    return x.dtype == jnp.float32 and rows * (d + f) > d * f
+    is_xla = implementation == "xla" or not isinstance(w, QArray)
+    return is_xla and x.dtype == jnp.float32 and rows * (d + f) > d * f
 
 
-def _merged(w: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
-    return w.astype(a.dtype) + a @ b
+def _unwrap(w: Any) -> tuple[Weight, bool]:
+    """The weight behind its primals, and whether a gradient of any part of it is asked for."""
+    leaves, structure = jax.tree.flatten(w, is_leaf=lambda x: isinstance(x, CustomVJPPrimal))
+    values = jax.tree.unflatten(structure, [leaf.value for leaf in leaves])
+    return values, any(leaf.perturbed for leaf in leaves)
 
 
 def _weight_gradient(x: jax.Array, g: jax.Array) -> jax.Array:
