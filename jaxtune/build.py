@@ -97,13 +97,30 @@ class Run:
         return 4 * weights + 2 * trained + attention
 
 
+# Implementations that exist on one platform only.
+_PLATFORMS = {"pallas_tpu": "tpu", "splash": "tpu", "pallas_gpu": "gpu", "cudnn": "gpu"}
+
+
 def _is_matrix(name: str) -> bool:
     return name.endswith((".kernel", ".adapter.a", ".adapter.b"))
 
 
 def resolve_policy(model: Model, method: str, mesh: Mesh) -> Policy:
-    """Replaces every "auto" by what suits the platform; what is trained is kept in float32."""
+    """Replaces every "auto" by what suits the platform; what is trained is kept in float32.
+
+    Raises:
+        ConfigError: a kernel of another platform is asked for.
+    """
     platform = mesh.devices.flat[0].platform
+    for name in ("attention", "matmul", "cross_entropy"):
+        needed = _PLATFORMS.get(getattr(model, name), platform)
+        if needed != platform:
+            raise ConfigError(
+                f"config.model.{name}={getattr(model, name)} runs on {needed} only, and this is "
+                f"{platform} - leave it at auto"
+            )
+    if model.remat == "offload":
+        require_host_memory(mesh, "model.remat=offload")
     names = [f.name for f in dataclasses.fields(Policy) if hasattr(model, f.name)]
     chosen = {name: getattr(model, name) for name in names if getattr(model, name) != "auto"}
     if method == "full":

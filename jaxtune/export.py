@@ -108,6 +108,9 @@ def _restore(cfg: RunConfig, folder: Path, step: int | None) -> tuple[build.Run,
 
 def _restore_as(cfg: RunConfig, store: Store, step: int | None) -> tuple[build.Run, Params]:
     mesh = make_mesh({"data": 1, "fsdp": -1, "tensor": 1})
+    # The run may have used kernels that this machine lacks.
+    anywhere = {name: "auto" for name in ("attention", "matmul", "cross_entropy", "remat")}
+    cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, **anywhere))
     run = build.describe(cfg, mesh, open_checkpoint(cfg.model.path, cfg.model.revision))
     schedule = optim.make_schedule(cfg.optim, cfg.train.num_steps or 1)
     tx = optim.make_optimizer(cfg.optim, schedule, build.trained_axes(run))

@@ -38,8 +38,8 @@ def fitted_step(
     batch = _abstract_batch(run)
     state = build.abstract_state(run, tx)
     for name in REMAT:
-        if name == "offload" and not hardware.has_host_memory(device):
-            continue
+        if name == "offload" and device.platform == "cpu":
+            continue  # its memory is the host's
         candidate = run if name == run.policy.remat else build.with_remat(run, name)
         step = _step(candidate, tx, schedule)
         try:

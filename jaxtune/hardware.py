@@ -46,12 +46,6 @@ def memory_bytes(device: Any) -> int | None:
     return int(fields["MemAvailable"].split()[0]) * 1024
 
 
-def has_host_memory(device: Any) -> bool:
-    """Whether arrays can be kept in the host's memory beside the device's own."""
-    kinds = {memory.kind for memory in device.addressable_memories()}
-    return "pinned_host" in kinds and device.platform != "cpu"
-
-
 def _measured(dtype: DTypeLike) -> float:
     """The best of five square matrix products."""
     size = 1024

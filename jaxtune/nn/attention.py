@@ -3,13 +3,14 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 
 from jaxtune import ops
 from jaxtune.nn.linear import Linear
 from jaxtune.nn.params import Policy
 from jaxtune.ops.attention import Mask
+from jaxtune.sharding.rules import spec
 
 
 class Attention(nnx.Module):
@@ -84,11 +85,33 @@ class Attention(nnx.Module):
         *,
         segments: tuple[jax.Array | None, jax.Array | None],
     ) -> jax.Array:
-        return ops.attention(
-            ops.rotate(q, *rope),
-            ops.rotate(k, *rope),
-            v,
-            mask=Mask(query_segments=segments[0], key_segments=segments[1]),
-            softmax_dtype=jnp.dtype(self.policy.softmax_dtype),
-            implementation=self.policy.attention,
-        )
+        q, k = ops.rotate(q, *rope), ops.rotate(k, *rope)
+        mask = Mask(query_segments=segments[0], key_segments=segments[1])
+        return attend(q, k, v, mask, self.policy)
+
+
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, policy: Policy) -> jax.Array:
+    """`ops.attention` as the policy says; on a mesh, a kernel runs on every device's own part.
+
+    Args:
+        q: [B, T, N, H].
+        k, v: [B, S, K, H].
+        mask: which key a query sees.
+        policy: names the implementation and the mesh.
+    """
+    call = functools.partial(
+        ops.attention, softmax_dtype=policy.softmax_dtype, implementation=policy.attention
+    )
+    mesh = policy.mesh
+    if policy.attention in ("xla", "reference") or mesh is None or mesh.size == 1:
+        return call(q, k, v, mask=mask)
+    # Query heads and their key heads are cut alike, or not at all.
+    heads = spec(k.shape, ("batch", None, "kv_heads", None), mesh)
+    rows = jax.tree.map(lambda leaf: PartitionSpec(heads[0], *[None] * (leaf.ndim - 1)), mask)
+    return jax.shard_map(
+        lambda q, k, v, mask: call(q, k, v, mask=mask),
+        mesh=mesh,
+        in_specs=(heads, heads, heads, rows),
+        out_specs=heads,
+        check_vma=False,
+    )(q, k, v, mask)
