@@ -1,16 +1,34 @@
 """Output matrix and softmax cross-entropy in one, without the logits of all tokens.
 
-The tokens go through in chunks. While a chunk's logits exist, the forward pass makes the loss *and*
-its gradients from them, so they are neither kept nor computed twice; the backward pass multiplies
-the gradients by the loss's cotangent, a scalar.
+`chunked` (XLA) and `pallas_tpu` never hold more logits than those of a few hundred tokens or of one
+block of the vocabulary; `reference` is dense, the oracle of the tests. The gradient with respect to
+x is made in the forward pass, where the logits are at hand: for each token it is a fixed row times
+the cotangent of its loss, so the backward pass only multiplies.
+
+Tokens of weight 0 are put last and cost nothing. On a mesh each device works on its own tokens and
+its own part of the vocabulary (`shards.py`).
 """
 
 import functools
+from types import MappingProxyType
 
 import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
+from jax.sharding import NamedSharding
 from jax.typing import DTypeLike
+
+from jaxtune.ops.cross_entropy.form import NO_PENALTIES, PLAIN, Form, Logits, Penalties
+from jaxtune.ops.cross_entropy.shards import run
+
+__all__ = ["IMPLEMENTATIONS", "Logits", "Penalties", "cross_entropy", "token_logprobs"]
+
+# Modules with a function `run`; kernels take long to import and are, therefore, when they are used.
+IMPLEMENTATIONS = MappingProxyType(
+    {name: f"{__name__}.{name}" for name in ("chunked", "pallas_tpu", "reference")}
+)
+
+Shardings = tuple[NamedSharding, NamedSharding]
 
 
 def cross_entropy(
@@ -21,145 +39,163 @@ def cross_entropy(
     *,
     transposed: bool,
     loss_dtype: DTypeLike = jnp.float32,
+    logits: Logits = PLAIN,
+    penalties: Penalties = NO_PENALTIES,
+    shardings: Shardings | None = None,
+    implementation: str = "chunked",
 ) -> tuple[jax.Array, jax.Array]:
-    """Weighted sum of -log softmax(x w)[target], and of correct predictions.
+    """Weighted sum of -log softmax(x w)[target] (and penalties), and of correct predictions.
 
     Args:
         x: [B, T, D] hidden states.
         w: [D, V], or [V, D] if `transposed` (a tied embedding).
         targets: int32 [B, T].
-        weights: float32 [B, T]; tokens of weight 0 cost nothing where a whole chunk has none.
+        weights: float32 [B, T]; tokens of weight 0 cost nothing, also if their loss is not finite.
         transposed: the layout of `w`.
-        loss_dtype: dtype of the logits.
+        loss_dtype: dtype the logits are rounded to.
+        logits: scale and soft cap of the logits.
+        penalties: z-loss and label smoothing.
+        shardings: how x and w lie on a mesh of several devices; None: on one, or as XLA sees fit.
+        implementation: a name of `IMPLEMENTATIONS`; a named one never falls back.
 
     Returns:
         Two float32 scalars: sum of weight * loss, and sum of weight over tokens whose target has
         the largest logit (ties count as correct).
+
+    Raises:
+        NotImplementedError: the implementation lacks what is asked for.
     """
-    return _cross_entropy(x, w, targets, weights, transposed, jnp.dtype(loss_dtype))
+    form = _form(w, transposed, loss_dtype, logits, penalties)
+    return _cross_entropy(x, w, targets, weights, form, IMPLEMENTATIONS[implementation], shardings)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def token_logprobs(
+    x: jax.Array,
+    w: jax.Array,
+    targets: jax.Array,
+    mask: jax.Array | None = None,
+    *,
+    transposed: bool,
+    loss_dtype: DTypeLike = jnp.float32,
+    logits: Logits = PLAIN,
+    shardings: Shardings | None = None,
+    implementation: str = "chunked",
+) -> jax.Array:
+    """log softmax(x w)[target] of each token, differentiable in x and w.
+
+    Args:
+        x: [B, T, D] hidden states.
+        w: [D, V], or [V, D] if `transposed`; its gradient takes a second pass over the logits.
+        targets: int32 [B, T].
+        mask: bool [B, T], tokens that are wanted; the others cost nothing and are 0. None: all.
+        transposed, loss_dtype, logits, shardings, implementation: see `cross_entropy`.
+
+    Returns:
+        float32 [B, T].
+    """
+    form = _form(w, transposed, loss_dtype, logits, NO_PENALTIES)
+    weights = jnp.ones(targets.shape) if mask is None else mask.astype(jnp.float32)
+    return _token_logprobs(x, w, targets, weights, form, IMPLEMENTATIONS[implementation], shardings)
+
+
+def _form(
+    w: jax.Array, transposed: bool, dtype: DTypeLike, logits: Logits, penalties: Penalties
+) -> Form:
+    vocab = w.shape[0 if transposed else 1]
+    return Form(transposed, jnp.dtype(dtype), logits, penalties, vocab)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def _cross_entropy(
     x: jax.Array,
     w: jax.Array,
     targets: jax.Array,
     weights: jax.Array,
-    transposed: bool,
-    loss_dtype: jnp.dtype,
+    form: Form,
+    module: str,
+    shardings: Shardings | None,
 ) -> tuple[jax.Array, jax.Array]:
-    loss, correct, _, _ = _scan_chunks(
-        x, w, targets, weights, transposed, loss_dtype, of_x=False, of_w=False
-    )
-    return loss, correct
+    loss, correct, _, _ = run(module, x, w, targets, weights, form, shardings)
+    return _weighted(loss, weights), _weighted(correct, weights)
 
 
-def _forward(
+def _cross_entropy_forward(
     x: CustomVJPPrimal,
     w: CustomVJPPrimal,
     targets: CustomVJPPrimal,
     weights: CustomVJPPrimal,
-    transposed: bool,
-    loss_dtype: jnp.dtype,
+    form: Form,
+    module: str,
+    shardings: Shardings | None,
 ) -> tuple:
+    if weights.perturbed:
+        raise NotImplementedError("weights have no gradient: those of weight 0 are not computed")
     values = (x.value, w.value, targets.value, weights.value)
-    loss, correct, dx, dw = _scan_chunks(
-        *values, transposed, loss_dtype, of_x=x.perturbed, of_w=w.perturbed
-    )
-    return (loss, correct), (dx, dw)
+    wanted = {"of_x": x.perturbed, "of_w": w.perturbed}
+    loss, correct, dx, dw = run(module, *values, form, shardings, **wanted)
+    sums = (_weighted(loss, weights.value), _weighted(correct, weights.value))
+    return sums, (dx, dw)
 
 
-def _backward(transposed: bool, loss_dtype: jnp.dtype, saved: tuple, cotangents: tuple) -> tuple:
+def _cross_entropy_backward(
+    form: Form, module: str, shardings: Shardings | None, saved: tuple, cotangents: tuple
+) -> tuple:
     g = cotangents[0]  # the count of correct predictions has no gradient
-    dx, dw = saved
     if isinstance(g, SymbolicZero):
         g = jnp.float32(0)
-    scaled = (None if d is None else (d * g.astype(d.dtype)) for d in (dx, dw))
+    scaled = (None if d is None else (d * g).astype(d.dtype) for d in saved)
     return (*scaled, None, None)
 
 
-_cross_entropy.defvjp(_forward, _backward, symbolic_zeros=True)
+_cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward, symbolic_zeros=True)
 
 
-def _scan_chunks(
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _token_logprobs(
     x: jax.Array,
     w: jax.Array,
     targets: jax.Array,
     weights: jax.Array,
-    transposed: bool,
-    loss_dtype: jnp.dtype,
-    *,
-    of_x: bool,
-    of_w: bool,
+    form: Form,
+    module: str,
+    shardings: Shardings | None,
+) -> jax.Array:
+    losses = run(module, x, w, targets, weights, form, shardings)[0]
+    return jnp.where(weights != 0, -losses, 0.0)
+
+
+def _token_logprobs_forward(
+    x: CustomVJPPrimal,
+    w: CustomVJPPrimal,
+    targets: CustomVJPPrimal,
+    weights: CustomVJPPrimal,
+    form: Form,
+    module: str,
+    shardings: Shardings | None,
 ) -> tuple:
-    """Loss, correct count, and the gradients asked for (None otherwise)."""
-    b, t, d = x.shape
-    length = _chunk_length(b, t, w.shape[0] if transposed else w.shape[1])
-    pad = -t % length
-
-    def chunked(array: jax.Array) -> jax.Array:  # [B, T, ...] -> [chunks, B, length, ...]
-        array = jnp.pad(array, ((0, 0), (0, pad)) + ((0, 0),) * (array.ndim - 2))
-        return array.reshape(b, -1, length, *array.shape[2:]).swapaxes(0, 1)
-
-    w_computed = w.astype(x.dtype)
-    chunk = functools.partial(
-        _chunk, w=w_computed, transposed=transposed, loss_dtype=loss_dtype, of_x=of_x, of_w=of_w
-    )
-
-    def body(dw: jax.Array | None, xs: tuple) -> tuple:
-        skip = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(chunk, *xs))
-        loss, correct, dx, dw_part = jax.lax.cond(jnp.any(xs[2] != 0), chunk, lambda *_: skip, *xs)
-        return (None if dw is None else dw + dw_part), (loss, correct, dx)
-
-    dw = jnp.zeros(w.shape, jnp.float32) if of_w else None
-    dw, (loss, correct, dx) = jax.lax.scan(
-        body, dw, (chunked(x), chunked(targets), chunked(weights))
-    )
-    if dx is not None:
-        dx = dx.swapaxes(0, 1).reshape(b, -1, d)[:, :t]
-    return loss.sum(), correct.sum(), dx, None if dw is None else dw.astype(w.dtype)
+    values = (x.value, w.value, targets.value, weights.value)
+    losses, _, dx, _ = run(module, *values, form, shardings, of_x=x.perturbed)
+    return jnp.where(weights.value != 0, -losses, 0.0), (dx, values if w.perturbed else None)
 
 
-def _chunk_length(b: int, t: int, vocab: int) -> int:
-    """Tokens of each row in a chunk: at most 512 tokens and 32M logits in all."""
-    tokens = max(1, min(512, (1 << 25) // vocab))
-    return min(t, max(1, tokens // b))
-
-
-def _chunk(
-    x: jax.Array,
-    targets: jax.Array,
-    weights: jax.Array,
-    *,
-    w: jax.Array,
-    transposed: bool,
-    loss_dtype: jnp.dtype,
-    of_x: bool,
-    of_w: bool,
+def _token_logprobs_backward(
+    form: Form, module: str, shardings: Shardings | None, saved: tuple, g: jax.Array
 ) -> tuple:
-    """One chunk [B, C, D]: loss, correct count, dx, dw (None where not asked for)."""
+    if isinstance(g, SymbolicZero):
+        return None, None, None, None
+    dx, values = saved
+    dw = None
+    if values is not None:
+        x, w, targets, weights = values
+        # The gradient of the sum of g * log p is that of a cross-entropy with weights -g.
+        weights = jnp.where(weights != 0, -g, 0.0)
+        dw = run(module, x, w, targets, weights, form, shardings, of_w=True)[3]
+    return None if dx is None else (dx * -g[..., None]).astype(dx.dtype), dw, None, None
 
-    def dot(spec: str, left: jax.Array, right: jax.Array) -> jax.Array:
-        return jnp.einsum(spec, left, right, preferred_element_type=jnp.float32)
 
-    vd = "vd" if transposed else "dv"
-    logits = dot(f"btd,{vd}->btv", x, w).astype(loss_dtype).astype(jnp.float32)
-    at_target = jnp.take_along_axis(logits, targets[..., None], axis=-1)
-    top = logits.max(axis=-1, keepdims=True)
-    exps = jnp.exp(logits - top).astype(x.dtype)
-    total = exps.astype(jnp.float32).sum(axis=-1, keepdims=True)
-    weights = weights[..., None]
-    loss = ((jnp.log(total) + top - at_target) * weights).sum()
-    correct = (weights * (at_target >= top)).sum()
-    dx = dw = None
-    # d loss / d logits = (softmax - one_hot) * weight; the one_hot part is a row of w.
-    if of_x:
-        rows = w[targets] if transposed else jnp.moveaxis(w[:, targets], 0, -1)
-        dx = dot(f"btv,{vd}->btd", exps, w) * (weights / total) - weights * rows
-        dx = dx.astype(x.dtype)
-    if of_w:
-        softmax = exps.astype(jnp.float32) * (weights / total)
-        one_hot = jnp.arange(logits.shape[-1]) == targets[..., None]
-        dlogits = (softmax - jnp.where(one_hot, weights, 0.0)).astype(x.dtype)
-        dw = dot(f"btv,btd->{vd}", dlogits, x)
-    return loss, correct, dx, dw
+_token_logprobs.defvjp(_token_logprobs_forward, _token_logprobs_backward, symbolic_zeros=True)
+
+
+def _weighted(values: jax.Array, weights: jax.Array) -> jax.Array:
+    """Sum in which a weight of 0 counts as nothing, whatever the value."""
+    return jnp.where(weights != 0, values * weights, 0.0).sum()
