@@ -231,6 +231,35 @@ def lines_of(name: str, program: dict[str, Any], compiled: dict, chip: Chip) -> 
         yield record
 
 
+def dump_environment(folder: Path) -> dict[str, str]:
+    """Environment in which libtpu compiles without a TPU and writes its programs to a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    dump = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
+    dump += f" --xla_jf_dump_llo_pass_label_regex={PASSES}|deduplication-map"
+    return DEVICELESS | {"LIBTPU_INIT_ARGS": dump}
+
+
+def mxu_shares(folder: Path, chip_name: str) -> dict[str, float]:
+    """Share of matrix-unit slots in the hot loop of every kernel of a dump, by instruction.
+
+    Of a kernel's alternatives the one with the lowest share counts. Equal kernels are compiled
+    once; the dump's deduplication map names the others.
+    """
+    same: dict[str, list[str]] = {}
+    for path in folder.glob("*-deduplication-map.txt"):
+        for entry in path.read_text().split("key:")[1:]:
+            key, *lines = entry.splitlines()
+            same[key] = [line.strip() for line in lines if line.startswith("  ")]
+    shares = {}
+    for name, files in dumped(folder):
+        program = read_program(files, CHIPS[chip_name])
+        most = program["capacity"][0]
+        totals = [program["base"] + body for body in program["bodies"]]
+        share = min(total.slots[0] / (total.bundles * most) for total in totals if total.bundles)
+        shares |= dict.fromkeys([name, *same.get(name, ())], share)
+    return shares
+
+
 def report(name: str, chip_name: str, keep: str | None = None) -> dict[str, Any]:
     """Compiles one case in a process of its own and reads what libtpu wrote down.
 
@@ -246,10 +275,7 @@ def report(name: str, chip_name: str, keep: str | None = None) -> dict[str, Any]
     head, chip = {"case": name, "chip": chip_name}, CHIPS[chip_name]
     with tempfile.TemporaryDirectory(prefix="llo-") as temporary:
         folder = Path(keep or temporary)
-        folder.mkdir(parents=True, exist_ok=True)
-        dump = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
-        dump += f" --xla_jf_dump_llo_pass_label_regex={PASSES}"
-        env = os.environ | DEVICELESS | {"LIBTPU_INIT_ARGS": dump}
+        env = os.environ | dump_environment(folder)
         command = [sys.executable, __file__, "--compile", name, "--chip", chip_name]
         child = subprocess.run(command, env=env, capture_output=True, text=True)
         if child.returncode:

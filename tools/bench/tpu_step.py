@@ -1,0 +1,380 @@
+"""Reads the scheduled HLO text of a program compiled for a TPU, multiplying loops by their trips.
+
+XLA's own cost_analysis counts a loop's body once and knows of a Pallas kernel only what its
+cost estimate says. Here every computation is walked in schedule order:
+
+    flops        of convolutions and dots (a TPU program has its matrix products as convolutions),
+                 and of kernels by their cost estimate
+    collectives  bytes that a device receives (ring formulas), by kind and dtype
+    est_ms       fusions cost XLA's `estimated_cycles`; a kernel costs flops / (peak x the share of
+                 matrix-unit slots in its hot loop, from tpu_kernel_report); copies to other
+                 memories and collectives run beside the rest and are waited for at their end
+
+The estimate compares variants of a program on one chip. It has never been compared with a chip, and
+XLA charges elementwise code about 2.5 times what HBM needs for it.
+"""
+
+import collections
+import functools
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from tpu_kernel_report import Chip  # pyright: ignore[reportMissingImports]
+
+BITS = {"pred": 8, "token": 0, "f8e4m3fn": 8, "f8e5m2": 8}
+HOST_LINK = 16e9  # bytes/s to host memory over PCIe, assumed
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "collective-permute", "all-to-all")
+NO_WORK = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "iota"}
+NO_WORK |= {"opt-barrier", "partition-id", "replica-id", "add-dependency"}
+
+# "sec", "flops", "kernel_sec", "exposed_sec", and bytes received by (kind, dtype).
+Totals = dict[Any, float]
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One array of a shape: S(0) is HBM, S(1) VMEM, S(5) the host's memory."""
+
+    dtype: str
+    dims: tuple[int, ...]
+    space: int
+
+    @property
+    def bytes(self) -> float:
+        """Bytes without the padding of tiles."""
+        bits = BITS.get(self.dtype) or int(re.sub(r"\D", "", self.dtype) or 0)
+        return math.prod(self.dims) * bits / 8
+
+
+@dataclass(frozen=True)
+class Op:
+    """One instruction; `operands` are names (of a constant or parameter: its text)."""
+
+    name: str
+    shape: str
+    kind: str
+    operands: tuple[str, ...]
+    rest: str
+    root: bool
+
+    @functools.cached_property
+    def leaves(self) -> list[Leaf]:
+        """The arrays of the result."""
+        found = re.findall(r"([a-z]\w*)\[([\d,<= ]*)\](?:\{([^}]*)\})?", self.shape)
+        return [
+            Leaf(
+                dtype,
+                tuple(int(d.replace("<=", "")) for d in dims.split(",") if d.strip()),
+                int((re.findall(r"S\((\d+)\)", layout) or [0])[0]),
+            )
+            for dtype, dims, layout in found
+        ]
+
+    def called(self, key: str) -> str:
+        """The computation that an attribute such as `body` names."""
+        found = re.search(rf"{key}=%?([\w.\-]+)", self.rest)
+        return found[1] if found else ""
+
+
+def parse(text: str) -> tuple[dict[str, dict[str, Op]], str]:
+    """Computations (instructions by name, in schedule order) and the name of the entry."""
+    computations: dict[str, dict[str, Op]] = {}
+    entry, current = "", ""
+    for line in text.splitlines():
+        header = re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{\s*$", line)
+        if header:
+            current = header[2]
+            computations[current] = {}
+            entry = current if header[1] else entry
+        elif current and line.startswith("  "):
+            op = _parse_op(line)
+            if op:
+                computations[current][op.name] = op
+    return computations, entry
+
+
+def _parse_op(line: str) -> Op | None:
+    head = re.match(r"  (ROOT )?%([\w.\-]+) = ", line)
+    if not head:
+        return None
+    start = head.end()
+    end = _closing(line, start) + 1 if line[start] == "(" else line.index(" ", start)
+    kind = re.match(r" ?([\w\-]+)\(", line[end:])
+    if not kind:
+        return None
+    opening = end + kind.end() - 1
+    closing = _closing(line, opening)
+    inside = line[opening + 1 : closing]
+    names = tuple(re.findall(r"%([\w.\-]+)", inside))
+    operands = (inside,) if kind[1] in ("constant", "parameter") else names
+    return Op(head[2], line[start:end], kind[1], operands, line[closing + 1 :], bool(head[1]))
+
+
+def _closing(line: str, opening: int) -> int:
+    depth = 0
+    for i in range(opening, len(line)):
+        depth += (line[i] == "(") - (line[i] == ")")
+        if not depth:
+            return i
+    return len(line) - 1
+
+
+def convolution_flops(op: Op, left: Leaf, right: Leaf) -> float:
+    """FLOPs of a convolution; batch dimensions of a product appear as padded, dilated windows."""
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", op.rest)
+    assert labels is not None, op.rest[:200]
+    l_labels, r_labels, o_labels = labels.groups()
+    window = dict(
+        re.findall(r"(\w+)=([\dx_\-]+)", (re.findall(r"window=\{(.*?)\}", op.rest) or [""])[0])
+    )
+    out, pairs = op.leaves[0].dims, 1
+    for axis in sorted(label for label in o_labels if label.isdigit()):
+        size, taps = left.dims[l_labels.index(axis)], right.dims[r_labels.index(axis)]
+
+        def field(name: str, default: str, axis: str = axis) -> int:
+            values = window.get(name, "").split("x")
+            return int((values[int(axis)] if values != [""] else default).split("_")[0])
+
+        outputs = np.arange(out[o_labels.index(axis)])[:, None] * field("stride", "1")
+        place = outputs + np.arange(taps) * field("rhs_dilate", "1") - field("pad", "0_0")
+        dilation = field("lhs_dilate", "1")
+        inside = (place >= 0) & (place <= (size - 1) * dilation) & (place % dilation == 0)
+        pairs *= int(inside.sum())
+    groups = int((re.findall(r"batch_group_count=(\d+)", op.rest) or ["1"])[0])
+    features = out[o_labels.index("b")] * out[o_labels.index("f")] * right.dims[r_labels.index("i")]
+    return 2 * features * pairs / groups
+
+
+def dot_flops(op: Op, left: Leaf) -> float:
+    """FLOPs of a dot."""
+    axes = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", op.rest)
+    contracted = [left.dims[int(a)] for a in axes[1].split(",") if a] if axes else []
+    return 2 * math.prod(op.leaves[0].dims) * math.prod(contracted)
+
+
+class Program:
+    """A parsed program and its costs on a chip."""
+
+    def __init__(self, text: str, chip: Chip, mxu_share: Mapping[str, float]):
+        self.ops, self.entry = parse(text)
+        self.chip = chip
+        self.mxu_share = mxu_share
+        self.unread: set[str] = set()
+
+    def trips(self, op: Op, computation: str) -> int:
+        """Trips of a while loop that counts up by one to a constant; else noted, and 1."""
+        condition = self.ops[op.called("condition")]
+        limits = [int(c.operands[0]) for c in self._constants(condition)]
+        test = next((o for o in condition.values() if o.root), None)
+        index = self._counter(condition)
+        first = self._constant(computation, self._element(computation, op.operands[0], index))
+        step = self._step(op.called("body"), index)
+        if test is None or len(limits) != 1 or first is None or step is None:
+            self.unread.add(op.name)
+            return 1
+        return max(0, math.ceil((limits[0] - first) / step))
+
+    def _constants(self, condition: Mapping[str, Op]) -> Iterator[Op]:
+        for op in condition.values():
+            if op.kind == "constant" and re.fullmatch(r"\d+", op.operands[0]):
+                yield op
+            elif op.kind in ("fusion", "call"):
+                yield from self._constants(self.ops[op.called("calls") or op.called("to_apply")])
+
+    def _counter(self, condition: Mapping[str, Op]) -> int:
+        read = (o for o in condition.values() if o.kind == "get-tuple-element")
+        return int(re.findall(r"index=(\d+)", next(read).rest)[0])
+
+    def _element(self, computation: str, name: str, index: int) -> str:
+        op = self.ops[computation][name]
+        while op.kind in ("copy", "opt-barrier"):
+            op = self.ops[computation][op.operands[0]]
+        return op.operands[index] if op.kind == "tuple" else ""
+
+    def _constant(self, computation: str, name: str) -> int | None:
+        op = self.ops[computation].get(name)
+        while op is not None and op.kind in ("copy", "bitcast"):
+            op = self.ops[computation].get(op.operands[0])
+        literal = op.operands[0] if op is not None and op.kind == "constant" else ""
+        return int(literal) if re.fullmatch(r"-?\d+", literal) else None
+
+    def _step(self, body: str, index: int) -> int | None:
+        root = next(o for o in self.ops[body].values() if o.root)
+        op = self.ops[body].get(self._element(body, root.name, index))
+        scope = body
+        while op is not None and op.kind in ("copy", "bitcast"):
+            op = self.ops[body].get(op.operands[0])
+        if op is not None and op.kind == "fusion":
+            scope = op.called("calls")
+            op = next(o for o in self.ops[scope].values() if o.root)
+        if op is None or op.kind != "add":
+            return None
+        known = [self._constant(scope, name) for name in op.operands]
+        return next((k for k in known if k is not None), None)
+
+    def flops(self, computation: str, name: str) -> float:
+        """FLOPs of one instruction, fusions included, loops not."""
+        op, scope = self.ops[computation][name], self.ops[computation]
+        if op.kind == "fusion":
+            inner = op.called("calls")
+            return sum(self.flops(inner, n) for n in self.ops[inner])
+        if op.kind == "convolution":
+            return convolution_flops(op, *(scope[n].leaves[0] for n in op.operands[:2]))
+        if op.kind == "dot":
+            return dot_flops(op, scope[op.operands[0]].leaves[0])
+        if "tpu_custom_call" in op.rest:
+            estimate = re.search(r'"cost_estimate":\{[^}]*"flops":"?([\d.e+]+)', op.rest)
+            return float(estimate[1]) if estimate else 0.0
+        return 0.0
+
+    def collectives(self, computation: str, name: str) -> list[tuple[str, str, str, float]]:
+        """(id, kind, dtype, bytes received) of the collectives in an instruction or fusion."""
+        op = self.ops[computation][name]
+        if op.kind == "fusion":
+            inner = op.called("calls")
+            return [c for n in self.ops[inner] for c in self.collectives(inner, n)]
+        kind = op.kind.removesuffix("-start")
+        if kind not in COLLECTIVES:
+            return []
+        groups = re.search(r"replica_groups=mesh\[([^\]]*)\] *\{([^}]*)\}", op.rest)
+        size = 1
+        if groups:
+            axes = dict(re.findall(r"'(\w+)'=(\d+)", groups[1]))
+            size = math.prod(int(axes[a]) for a in re.findall(r"'(\w+)'", groups[2]))
+        elif listed := re.search(r"replica_groups=\[\d+,(\d+)\]", op.rest):
+            size = int(listed[1])
+        elif listed := re.search(r"replica_groups=\{\{([\d,]+)\}", op.rest):
+            size = listed[1].count(",") + 1
+        arrays = [leaf for leaf in op.leaves if leaf.dims]
+        if op.kind.endswith("-start") and len(arrays) > 1:
+            arrays = arrays[len(arrays) // 2 :]  # a tuple of the operands and the results
+        factor = {"all-reduce": 2 * (size - 1) / size, "reduce-scatter": size - 1}
+        wire = factor.get(kind, (size - 1) / size if kind != "collective-permute" else 1)
+        channel = re.search(r"channel_id=(\d+)", op.rest)
+        key = channel[1] if channel else op.name
+        return [(key, kind, leaf.dtype, leaf.bytes * wire) for leaf in arrays]
+
+    @functools.cache  # noqa: B019
+    def run(self, computation: str) -> Totals:
+        """Totals of one execution of a computation."""
+        total: Totals = collections.defaultdict(float)
+        clock = _Clock(total, self.chip)
+        for name, op in self.ops[computation].items():
+            if op.kind == "while":
+                inner = self.run(op.called("body"))
+                trips = self.trips(op, computation)
+                _add(total, inner, trips)
+            elif op.kind in ("conditional", "call"):
+                listed = re.findall(r"branch_computations=\{([^}]*)\}", op.rest)
+                names = [n.strip(" %") for n in listed[0].split(",")] if listed else []
+                pattern = r"(?:true_computation|false_computation|to_apply)=%?([\w.\-]+)"
+                names += re.findall(pattern, op.rest)
+                _add(total, max((self.run(n) for n in names), key=lambda t: t["sec"]))
+            elif op.kind not in NO_WORK:
+                total["flops"] += self.flops(computation, name)
+                self._advance(clock, computation, op)
+        return total
+
+    def _advance(self, clock: "_Clock", computation: str, op: Op) -> None:
+        """Adds one instruction's time; what runs beside the others is begun, or waited for."""
+        moved = self.collectives(computation, op.name)
+        if op.kind in ("copy-start", "slice-start"):
+            host = any(leaf.space == 5 for leaf in op.leaves)
+            speed = HOST_LINK if host else self.chip.bandwidth
+            clock.begin(op.name, op.leaves[0].bytes / speed, "host" if host else "dma")
+        elif op.kind.endswith("-done"):
+            clock.end(op.operands[0])
+        elif op.kind == "fusion":
+            calls = [o.rest for o in self.ops[op.called("calls")].values()]
+            starts = any('"AsyncCollectiveStart"' in rest for rest in calls)
+            ends = any('"AsyncCollectiveDone"' in rest for rest in calls)
+            passing = any("async_collective_fusion_config" in rest for rest in calls)
+            if moved and (starts or not (ends or passing)):
+                clock.transfer(moved)
+            clock.total["sec"] += self._seconds(computation, op)
+            if moved and (ends or not (starts or passing)):
+                clock.end(moved[0][0])
+        else:
+            clock.transfer(moved)
+            if "tpu_custom_call" in op.rest:
+                clock.total["kernel_sec"] += self._seconds(computation, op)
+            clock.total["sec"] += self._seconds(computation, op)
+            if moved and not op.kind.endswith("-start"):
+                clock.end(moved[0][0])
+
+    def _seconds(self, computation: str, op: Op) -> float:
+        """Time of one instruction by itself."""
+        if "tpu_custom_call" in op.rest:
+            share = self.mxu_share.get(op.name, 0)
+            flops = self.flops(computation, op.name)
+            if flops and share:
+                return flops / self.chip.flops / share
+        cycles = re.search(r'"estimated_cycles":"(\d+)"', op.rest)
+        if cycles and int(cycles[1]) < 1e12:  # some are 2**63 - 1
+            return int(cycles[1]) / self.chip.clock
+        if op.kind.endswith("-start") or op.kind in COLLECTIVES:
+            return 0.0
+        scope = self.ops[computation]
+        arrays = [*op.leaves, *(a for n in op.operands if n in scope for a in scope[n].leaves)]
+        moved = sum(a.bytes for a in arrays if a.space == 0) if op.kind != "dynamic-slice" else 0
+        return max(moved / self.chip.bandwidth, self.flops(computation, op.name) / self.chip.flops)
+
+
+def _add(total: Totals, other: Totals, times: int = 1) -> None:
+    for key, value in other.items():
+        total[key] += value * times
+
+
+class _Clock:
+    """The time of a computation so far, and what is on its way beside it."""
+
+    def __init__(self, total: Totals, chip: Chip):
+        self.total = total
+        self.chip = chip
+        self.free: dict[str, float] = {}
+        self.finish: dict[str, float] = {}
+
+    def begin(self, name: str, seconds: float, link: str) -> None:
+        start = max(self.total["sec"], self.free.get(link, 0.0))
+        self.free[link] = self.finish[name] = start + seconds
+
+    def transfer(self, moved: list[tuple[str, str, str, float]]) -> None:
+        for key, kind, dtype, received in moved:
+            self.total[kind, dtype] += received
+            self.begin(key, received / self.chip.ici, "ici")
+
+    def end(self, name: str) -> None:
+        late = self.finish.pop(name, 0.0) - self.total["sec"]
+        if late > 0:
+            self.total["sec"] += late
+            self.total["exposed_sec"] += late
+
+
+def summary(text: str, chip: Chip, mxu_share: Mapping[str, float]) -> dict:
+    """Loop-aware totals of a compiled program.
+
+    Args:
+        text: `compiled.as_text()`.
+        chip: of tpu_kernel_report.CHIPS.
+        mxu_share: share of matrix-unit slots in the hot loop, by the name of a kernel's call.
+    """
+    program = Program(text, chip, mxu_share)
+    total = program.run(program.entry)
+    moved = {key: value for key, value in total.items() if isinstance(key, tuple)}
+    kernels = {
+        o.name for ops in program.ops.values() for o in ops.values() if "tpu_custom_call" in o.rest
+    }
+    return {
+        "tflop": round(total["flops"] / 1e12, 2),
+        "est_ms": round(total["sec"] * 1e3, 1),
+        "kernel_ms": round(total["kernel_sec"] * 1e3, 1),
+        "exposed_ms": round(total["exposed_sec"] * 1e3, 1),
+        "bound_ms": round(total["flops"] / chip.flops * 1e3, 1),
+        "received_gib": {f"{k} {d}": round(v / 2**30, 3) for (k, d), v in moved.items()},
+        "kernels_without_estimate": sorted(kernels - set(mxu_share)),
+        "unread_loops": sorted(program.unread),
+    }
