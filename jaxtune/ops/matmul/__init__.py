@@ -30,7 +30,7 @@ __all__ = ["IMPLEMENTATIONS", "adapted_matmul", "dot", "matmul"]
 Weight = jax.Array | QArray
 
 # Name -> module of this folder that multiplies with a quantized weight, imported when it is used.
-IMPLEMENTATIONS = MappingProxyType({"xla": "xla"})
+IMPLEMENTATIONS = MappingProxyType({"xla": "xla", "pallas_tpu": "pallas_tpu"})
 
 
 def matmul(x: jax.Array, w: Weight, *, implementation: str = "xla") -> jax.Array:
