@@ -1,118 +1,261 @@
-"""Blockwise attention in plain XLA with a hand-written gradient.
+"""Blockwise attention in plain XLA with a gradient by hand (FlashAttention-2, arXiv 2307.08691).
 
-The query axis is cut into blocks; each meets only the keys up to its last row, so nothing above the
-diagonal is computed. The backward pass works on transposed score blocks, whose products have no
-left operand contracted over its leading axis (slow on CPU). Kept for it: q, k, v, the output and
-the log-sum-exp of each row, as in FlashAttention-2 (arXiv 2307.08691).
+Scores exist only as tiles of some queries by some keys. One loop visits the tiles of which the
+mask leaves anything (`blocks.seen_blocks`; for a batch, in any of its rows), with an online softmax
+forward; the backward pass recomputes each tile from the log-sum-exp. Memory beyond operands and
+results is copies of them, float32 sums as large as they are, one tile and the list of tiles.
+
+Written for CPUs: the backward pass works on transposed tiles, whose products have no left operand
+contracted over its leading axis, for which XLA for CPU has no fast kernel; and products ask for
+float32 results, which bfloat16 needs for its fast kernel. A loop over tiles that stay in the cache
+is faster there than an unrolled one, or than longer ones (forward and backward, float32, N=9 K=3
+H=64, CPU ms; B=4 T=512: 128 x 128 71, 128 x 256 73, 128 x 512 136, unrolled 130; B=2 T=2048: 499,
+424, 551).
 """
 
+import dataclasses
 import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.lax import dynamic_slice_in_dim, dynamic_update_slice_in_dim
 
 from jaxtune.ops.attention import flash
+from jaxtune.ops.attention.blocks import seen_blocks
 from jaxtune.ops.attention.flash import Operands
 from jaxtune.ops.attention.mask import MASKED, Mask, visible
 
 
-def _heads_first(operands: Operands) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """q [B, K, G, T, H] with G = N / K, k and v [B, K, T, H]."""
-    b, t, n, h = operands.q.shape
-    kv = operands.k.shape[2]
-    q = operands.q.transpose(0, 2, 1, 3).reshape(b, kv, n // kv, t, h)
-    return q, operands.k.transpose(0, 2, 1, 3), operands.v.transpose(0, 2, 1, 3)
+class _Axes(NamedTuple):
+    """Which axis of a tile of scores, [B, K, ., ., .], is which."""
+
+    group: int
+    query: int
+    key: int
 
 
-def _check(operands: Operands) -> None:
-    if not (isinstance(operands.query_offset, int) and operands.query_offset == 0) or (
-        operands.q.shape[1] != operands.k.shape[1]
-    ):
-        raise NotImplementedError("blockwise attention needs queries and keys of the same tokens")
-    for name in ("sinks", "alibi", "softcap"):
-        if getattr(operands, name) is not None:
-            raise NotImplementedError(f"blockwise attention with {name}")
+_FORWARD, _BACKWARD = _Axes(group=2, query=3, key=4), _Axes(group=3, query=4, key=2)
 
 
-def _blocks(t: int) -> list[tuple[int, int]]:
-    """Query blocks [start, end): 128 rows, or more where that would make over 16 of them."""
-    size = max(128, -(-t // 16))
-    return [(start, min(t, start + size)) for start in range(0, t, size)]
+class _Tiles(NamedTuple):
+    """The tiles that the loop visits.
+
+    Attributes:
+        rows, cols: queries and keys of a tile.
+        query_blocks, key_blocks: int32 [tiles], the blocks of each tile.
+        count: how many to visit, from the first.
+    """
+
+    rows: int
+    cols: int
+    query_blocks: jax.Array
+    key_blocks: jax.Array
+    count: int | jax.Array
+
+    def visit(self, step: Callable[[Any, Any, Any], Any], state: Any) -> Any:
+        """Calls step(first query, first key, state) -> state for each tile."""
+
+        def body(index: jax.Array, state: Any) -> Any:
+            first_query = self.query_blocks[index] * self.rows
+            return step(first_query, self.key_blocks[index] * self.cols, state)
+
+        return jax.lax.fori_loop(0, self.count, body, state)
 
 
-def _sees(rows: tuple[int, int], cols: tuple[int, int], mask: Mask) -> jax.Array:
-    """[B or 1, 1, 1, rows, cols]: `visible` for a block."""
-    if not mask.causal or mask.window or mask.prefix or mask.columns:
-        raise NotImplementedError("blockwise attention is causal within segments")
-    of_queries, of_keys = mask.query_segments, mask.key_segments
-    mask = Mask(
-        query_segments=None if of_queries is None else of_queries[:, slice(*rows), None],
-        key_segments=None if of_keys is None else of_keys[:, None, slice(*cols)],
-    )
-    sees = visible(mask, jnp.arange(*rows)[None, :, None], jnp.arange(*cols)[None, None, :])
-    assert sees is not None
-    return sees[:, None, None]
+def _tiles(operands: Operands) -> _Tiles:
+    t, s = operands.q.shape[1], operands.k.shape[1]
+    rows = _even(t, 128)
+    cols = _even(s, 128 if s <= 1024 else 256)
+    some, _ = seen_blocks(operands.mask, operands.query_offset, (t, s), (rows, cols))
+    some = some.any(axis=0)
+    if isinstance(some, np.ndarray):
+        pairs = np.nonzero(some)
+        count = pairs[0].size
+    else:
+        pairs = jnp.nonzero(some, size=some.size, fill_value=0)
+        count = some.sum()
+    query_blocks, key_blocks = (jnp.asarray(x, jnp.int32) for x in pairs)
+    return _Tiles(rows, cols, query_blocks, key_blocks, count)
+
+
+def _even(length: int, most: int) -> int:
+    """Size of equal blocks of at most `most` elements, with little padding at the end."""
+    return -(-length // -(-length // most))
+
+
+def _pad(x: jax.Array, axis: int, size: int) -> jax.Array:
+    """Zeros behind, up to a multiple of size."""
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, -x.shape[axis] % size)
+    return jnp.pad(x, widths)
+
+
+def _queries(x: jax.Array, kv: int, rows: int) -> jax.Array:
+    """[B, T, N, ...] -> [B, K, G, T padded, ...] with G = N / K."""
+    b, t, n = x.shape[:3]
+    return _pad(x.swapaxes(1, 2).reshape(b, kv, n // kv, t, *x.shape[3:]), 3, rows)
+
+
+def _keys(x: jax.Array, cols: int) -> jax.Array:
+    """[B, S, K, H] -> [B, K, S padded, H]."""
+    return _pad(x.swapaxes(1, 2), 2, cols)
 
 
 def _dot(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
     return jnp.einsum(spec, x, y, preferred_element_type=jnp.float32)
 
 
-def _forward(operands: Operands) -> tuple[jax.Array, jax.Array]:
-    _check(operands)
-    q, k, v = _heads_first(operands)
-    mask, softmax_dtype = operands.mask, operands.softmax_dtype
-    b, kv, g, t, h = q.shape
-    outputs, sums = [], []
-    for start, end in _blocks(t):
-        rows = end - start
-        block = q[:, :, :, start:end].reshape(b, kv, g * rows, h)
-        scores = _dot("bkth,bksh->bkts", block, k[:, :, :end]).reshape(b, kv, g, rows, end)
-        scores *= operands.scale
-        scores = jnp.where(_sees((start, end), (0, end), mask), scores, MASKED)
-        top = scores.max(axis=-1, keepdims=True)
-        weights = jnp.exp(scores - top).astype(softmax_dtype)
-        total = weights.astype(jnp.float32).sum(axis=-1, keepdims=True)
-        weights = weights.reshape(b, kv, g * rows, end)
-        y = _dot("bkts,bksh->bkth", weights, v[:, :, :end].astype(softmax_dtype))
-        outputs.append((y.reshape(b, kv, g, rows, h) / total).astype(q.dtype))
-        sums.append((top + jnp.log(total))[..., 0])
-    y = jnp.concatenate(outputs, axis=3).reshape(b, kv * g, t, h)
-    lse = jnp.concatenate(sums, axis=3).reshape(b, kv * g, t)
-    return y.transpose(0, 2, 1, 3), lse.transpose(0, 2, 1)
+class _Scores:
+    """Turns products q k^T of a tile into masked scores; `axes` says how the tile is laid out."""
+
+    def __init__(self, operands: Operands, tiles: _Tiles, axes: _Axes):
+        self.operands, self.tiles, self.axes = operands, tiles, axes
+        mask = operands.mask
+        pads = {"query_segments": tiles.rows, "key_segments": tiles.cols, "columns": tiles.cols}
+        self.mask: Mask = dataclasses.replace(
+            mask,
+            **{
+                name: jax.tree.map(lambda x, size=size: _pad(x, 1, size), getattr(mask, name))
+                for name, size in pads.items()
+            },
+        )
+
+    def _along(self, axis: int, x: jax.Array) -> jax.Array:
+        """[B or 1, L] -> five axes, L at the one named."""
+        return jnp.expand_dims(x, [i for i in range(1, 5) if i != axis])
+
+    def __call__(
+        self, dots: jax.Array, first_query: jax.Array, first_key: jax.Array
+    ) -> tuple[jax.Array, jax.Array | None, jax.Array | float]:
+        """Scores, what of them is seen (None: all) and their derivative to the dots."""
+        operands, tiles = self.operands, self.tiles
+        positions = operands.query_offset + first_query + jnp.arange(tiles.rows)
+        positions = self._along(self.axes.query, positions[None])
+        keys = self._along(self.axes.key, (first_key + jnp.arange(tiles.cols))[None])
+        scores, slope = dots * operands.scale, operands.scale
+        if operands.softcap is not None:
+            tanh = jnp.tanh(scores / operands.softcap)
+            scores, slope = operands.softcap * tanh, operands.scale * (1 - tanh * tanh)
+        if operands.alibi is not None:
+            prefix = operands.mask.prefix
+            slopes = operands.alibi.reshape(1, dots.shape[1], -1)
+            slopes = jnp.expand_dims(slopes, [i for i in range(2, 5) if i != self.axes.group])
+            scores -= slopes * jnp.where(keys < prefix, 0, jnp.abs(positions - (keys - prefix)))
+        return scores, self._sees(positions, keys, first_query, first_key), slope
+
+    def _sees(
+        self, positions: jax.Array, keys: jax.Array, first_query: jax.Array, first_key: jax.Array
+    ) -> jax.Array | None:
+        def of_queries(x: jax.Array) -> jax.Array:
+            cut = dynamic_slice_in_dim(x, first_query, self.tiles.rows, 1)
+            return self._along(self.axes.query, cut)
+
+        def of_keys(x: jax.Array) -> jax.Array:
+            cut = dynamic_slice_in_dim(x, first_key, self.tiles.cols, 1)
+            return self._along(self.axes.key, cut)
+
+        mask, s = self.mask, self.operands.k.shape[1]
+        block = dataclasses.replace(
+            mask,
+            query_segments=jax.tree.map(of_queries, mask.query_segments),
+            key_segments=jax.tree.map(of_keys, mask.key_segments),
+            columns=jax.tree.map(of_keys, mask.columns),
+        )
+        sees = visible(block, positions, keys)
+        if s % self.tiles.cols == 0:
+            return sees
+        return keys < s if sees is None else sees & (keys < s)
 
 
-def _backward(
+def forward(operands: Operands) -> tuple[jax.Array, jax.Array]:
+    """See `flash.Passes`."""
+    b, t, n, h = operands.q.shape
+    kv, g = operands.k.shape[2], n // operands.k.shape[2]
+    tiles = _tiles(operands)
+    rows, cols = tiles.rows, tiles.cols
+    score = _Scores(operands, tiles, _FORWARD)
+    q, k, v = _queries(operands.q, kv, rows), _keys(operands.k, cols), _keys(operands.v, cols)
+
+    def step(first_query: jax.Array, first_key: jax.Array, state: tuple) -> tuple:
+        cut = functools.partial(dynamic_slice_in_dim, start_index=first_query, slice_size=rows)
+        put = functools.partial(dynamic_update_slice_in_dim, start_index=first_query, axis=3)
+        block = cut(q, axis=3).reshape(b, kv, g * rows, h)
+        dots = _dot("bkth,bksh->bkts", block, dynamic_slice_in_dim(k, first_key, cols, 2))
+        scores, sees, _ = score(dots.reshape(b, kv, g, rows, cols), first_query, first_key)
+        if sees is not None:
+            scores = jnp.where(sees, scores, MASKED)
+        old, total, y = (cut(x, axis=3) for x in state)
+        top = jnp.maximum(old, scores.max(axis=-1))
+        weights, keep = jnp.exp(scores - top[..., None]), jnp.exp(old - top)
+        total = total * keep + weights.sum(axis=-1)
+        weights = weights.astype(operands.softmax_dtype).reshape(b, kv, g * rows, cols)
+        values = dynamic_slice_in_dim(v, first_key, cols, 2).astype(operands.softmax_dtype)
+        mixed = _dot("bkts,bksh->bkth", weights, values).reshape(y.shape)
+        found = top, total, y * keep[..., None] + mixed
+        return tuple(put(x, update) for x, update in zip(state, found, strict=True))
+
+    zeros = jnp.zeros_like(q[..., 0], jnp.float32)
+    if operands.sinks is None:
+        # Above MASKED, so that the weight of a masked score is 0 from the first tile on.
+        top, total = zeros + MASKED / 2, zeros
+    else:
+        top, total = zeros + operands.sinks.reshape(kv, g, 1), zeros + 1
+    top, total, y = tiles.visit(step, (top, total, jnp.zeros_like(q, jnp.float32)))
+    y = (y / jnp.where(total > 0, total, 1)[..., None]).astype(q.dtype)
+    lse = jnp.where(total > 0, top + jnp.log(total), MASKED)
+    y, lse = (x[:, :, :, :t].reshape(b, n, t, *x.shape[4:]).swapaxes(1, 2) for x in (y, lse))
+    return y, lse
+
+
+def backward(
     operands: Operands, lse: jax.Array, dy: jax.Array, delta: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    q, k, v = _heads_first(operands)
-    mask, softmax_dtype = operands.mask, operands.softmax_dtype
-    b, kv, g, t, h = q.shape
-    dy = dy.transpose(0, 2, 1, 3).reshape(q.shape)
-    lse, delta = (x.transpose(0, 2, 1).reshape(b, kv, g, t) for x in (lse, delta))
-    dk, dv = [], []
-    dq = jnp.zeros((b, kv, h, g, t), jnp.float32)
+    """See `flash.Passes`."""
+    b, t, n, h = operands.q.shape
+    s, kv = operands.k.shape[1:3]
+    tiles, g, dtype = _tiles(operands), n // kv, operands.q.dtype
+    rows, cols = tiles.rows, tiles.cols
+    score = _Scores(operands, tiles, _BACKWARD)
+    q, dy, lse, delta = (_queries(x, kv, rows) for x in (operands.q, dy, lse, delta))
+    k, v = _keys(operands.k, cols), _keys(operands.v, cols)
     k_transposed = k.swapaxes(2, 3)
-    for start, end in _blocks(t):  # keys start:end meet the queries from start on
-        cols = t - start
-        queries = q[:, :, :, start:].reshape(b, kv, g * cols, h)
-        dys = dy[:, :, :, start:].reshape(b, kv, g * cols, h)
-        scores = _dot("bksh,bkth->bkst", k[:, :, start:end], queries)
-        scores = scores.reshape(b, kv, end - start, g, cols) * operands.scale
-        sees = _sees((start, t), (start, end), mask).transpose(0, 1, 4, 2, 3)
-        weights = jnp.exp(scores - lse[:, :, None, :, start:])
-        weights = jnp.where(sees, weights, 0.0)
-        dweights = _dot("bksh,bkth->bkst", v[:, :, start:end], dys).reshape(scores.shape)
-        dscores = weights * (dweights - delta[:, :, None, :, start:]) * operands.scale
-        dscores = dscores.astype(q.dtype).reshape(b, kv, end - start, g * cols)
-        weights = weights.astype(softmax_dtype).reshape(dscores.shape)
-        dv.append(_dot("bkst,bkth->bksh", weights, dys.astype(softmax_dtype)))
-        dk.append(_dot("bkst,bkth->bksh", dscores, queries))
-        part = _dot("bkhs,bkst->bkht", k_transposed[:, :, :, start:end], dscores)
-        dq = dq.at[..., start:].add(part.reshape(b, kv, h, g, cols))
-    dq = dq.transpose(0, 4, 1, 3, 2).reshape(operands.q.shape).astype(q.dtype)
-    dk, dv = (jnp.concatenate(parts, axis=2).transpose(0, 2, 1, 3) for parts in (dk, dv))
-    return dq, dk.astype(k.dtype), dv.astype(v.dtype)
+
+    def step(first_query: jax.Array, first_key: jax.Array, state: tuple) -> tuple:
+        def cut(x: jax.Array) -> jax.Array:
+            return dynamic_slice_in_dim(x, first_query, rows, 3)
+
+        def add(x: jax.Array, part: jax.Array, first: jax.Array, axis: int) -> jax.Array:
+            old = dynamic_slice_in_dim(x, first, part.shape[axis], axis)
+            return dynamic_update_slice_in_dim(x, old + part, first, axis)
+
+        queries, dys = (cut(x).reshape(b, kv, g * rows, h) for x in (q, dy))
+        keys, values = (dynamic_slice_in_dim(x, first_key, cols, 2) for x in (k, v))
+        dots = _dot("bksh,bkth->bkst", keys, queries).reshape(b, kv, cols, g, rows)
+        scores, sees, slope = score(dots, first_query, first_key)
+        weights = jnp.exp(scores - cut(lse)[:, :, None])
+        if sees is not None:
+            weights = jnp.where(sees, weights, 0)
+        dweights = _dot("bksh,bkth->bkst", values, dys).reshape(dots.shape)
+        dscores = weights * (dweights - cut(delta)[:, :, None]) * slope
+        dscores = dscores.astype(dtype).reshape(b, kv, cols, g * rows)
+        weights = weights.astype(operands.softmax_dtype).reshape(dscores.shape)
+        dq, dk, dv = state
+        part = dynamic_slice_in_dim(k_transposed, first_key, cols, 3)
+        part = _dot("bkhs,bkst->bkht", part, dscores).reshape(b, kv, h, g, rows)
+        dq = add(dq, part, first_query, 4)
+        dk = add(dk, _dot("bkst,bkth->bksh", dscores, queries), first_key, 2)
+        part = _dot("bkst,bkth->bksh", weights, dys.astype(operands.softmax_dtype))
+        return dq, dk, add(dv, part, first_key, 2)
+
+    dq = jnp.zeros_like(q.transpose(0, 1, 4, 2, 3), jnp.float32)  # [B, K, H, G, T]
+    dk, dv = (jnp.zeros_like(x, jnp.float32) for x in (k, v))
+    dq, dk, dv = tiles.visit(step, (dq, dk, dv))
+    dq = dq[..., :t].transpose(0, 4, 1, 3, 2).reshape(b, t, n, h)
+    dk, dv = (x[:, :, :s].swapaxes(1, 2) for x in (dk, dv))
+    return dq.astype(dtype), dk.astype(operands.k.dtype), dv.astype(operands.v.dtype)
 
 
-attend = functools.partial(flash.attend, flash.Passes(_forward, _backward))
+attend = functools.partial(flash.attend, flash.Passes(forward, backward))
