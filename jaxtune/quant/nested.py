@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxtune.quant.codebook import TINY
 from jaxtune.quant.qarray import NESTED_BLOCK, NestedScale
 
 ZERO = 127  # the code of 0; 255 is 1
@@ -32,14 +33,23 @@ def encode(scale: jax.Array) -> NestedScale:
     *stack, groups, columns = scale.shape
     flat = jnp.swapaxes(scale, -1, -2).reshape(*stack, columns * groups)
     offset = _mean(flat)
-    blocks = _blocks(flat - offset[..., None])
+    codes, absmax = _encode_blocks(flat - offset[..., None])
+    codes = jnp.swapaxes(codes.reshape(*stack, columns, groups), -1, -2)
+    return NestedScale(codes, absmax, offset)
+
+
+def _encode_blocks(flat: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """float32 [..., n] -> codes uint8 [..., n] and absmax [..., ceil(n / 256)] of blocks of 256."""
+    *stack, size = flat.shape
+    count = math.ceil(size / NESTED_BLOCK)
+    room = [(0, 0)] * len(stack) + [(0, count * NESTED_BLOCK - size)]
+    blocks = jnp.pad(flat, room).reshape(*stack, count, NESTED_BLOCK)
     absmax = jnp.max(jnp.abs(blocks), axis=-1)
-    inverse = jnp.where(absmax > 0, 1 / absmax, 0)
+    inverse = 1 / jnp.maximum(absmax, TINY)
     normalised = jnp.clip(blocks * inverse[..., None], -1, 1)
-    codes = jnp.searchsorted(_borders(), normalised, side="right", method="compare_all")
+    codes = jnp.searchsorted(_borders(), normalised, side="right", method="scan_unrolled")
     codes = jnp.where(absmax[..., None] > 0, codes, 0).astype(jnp.uint8)
-    codes = codes.reshape(*stack, -1)[..., : flat.shape[-1]].reshape(*stack, columns, groups)
-    return NestedScale(jnp.swapaxes(codes, -1, -2), absmax, offset)
+    return codes.reshape(*stack, -1)[..., :size], absmax
 
 
 def decode(scale: NestedScale) -> jax.Array:
@@ -54,19 +64,21 @@ def dynamic_value(codes: jax.Array) -> jax.Array:
     """The number in [-1, 1] of each code of the dynamic map, float32, without a gather.
 
     The distance n of a code from that of 0 is 2^e + f, f < 2^e: the middle of the f-th of 2^e
-    equal parts of [0.1, 1], times 10^(e - 6) (bitsandbytes' functional.create_dynamic_map). The
-    exponent and fraction of n as a float32 are e and f / 2^e.
+    equal parts of [0.1, 1], over 10^(6 - e) (bitsandbytes' functional.create_dynamic_map). The
+    exponent and mantissa of n + 1/2 as a float32 are e and 1 + (f + 1/2) / 2^e.
+
+    The division comes last: XLA for CPU fuses whatever it deems cheap into a scale's reader, and
+    would decode a scale again for every weight that it belongs to.
     """
     distance = codes.astype(jnp.int32) - ZERO
-    bits = jax.lax.bitcast_convert_type(jnp.abs(distance).astype(jnp.float32), jnp.int32)
+    bits = jax.lax.bitcast_convert_type(jnp.abs(distance).astype(jnp.float32) + 0.5, jnp.int32)
     exponent = (bits >> 23) - 127
-    power = jax.lax.bitcast_convert_type((bits & 0x7F800000), jnp.float32)  # 2^e
-    fraction = (jnp.abs(distance).astype(jnp.float32) + 0.5) / power - 1
-    magnitude = 0.1 + 0.9 * fraction
+    mantissa = jax.lax.bitcast_convert_type((bits & 0x007FFFFF) | 0x3F800000, jnp.float32)
+    magnitude = jnp.where(exponent == 7, 1.0, 0.1 + 0.9 * (mantissa - 1))
+    power = jnp.ones(codes.shape, jnp.float32)
     for e in range(6):
-        magnitude = jnp.where(exponent == e, magnitude * np.float32(10.0 ** (e - 6)), magnitude)
-    magnitude = jnp.where(exponent == 7, 1.0, magnitude)
-    return jnp.where(distance == 0, 0.0, jnp.where(distance < 0, -magnitude, magnitude))
+        power = jnp.where(exponent == e, 10.0 ** (6 - e), power)
+    return jnp.sign(distance).astype(jnp.float32) * magnitude / power
 
 
 @functools.cache
@@ -80,15 +92,7 @@ def dynamic_map() -> np.ndarray:
         edges = edges.astype(np.float32)
         positive.append((edges[:-1] + edges[1:]) / 2 * np.float32(10.0 ** (e - 6)))
     positive = np.concatenate(positive)
-    return np.concatenate([-positive[::-1], np.float32([0]), positive, np.float32([1])])
-
-
-def _blocks(flat: jax.Array) -> jax.Array:
-    """[..., n] -> [..., ceil(n / 256), 256], filled up with 0."""
-    *stack, size = flat.shape
-    count = math.ceil(size / NESTED_BLOCK)
-    room = [(0, 0)] * len(stack) + [(0, count * NESTED_BLOCK - size)]
-    return jnp.pad(flat, room).reshape(*stack, count, NESTED_BLOCK)
+    return np.concatenate([-positive[::-1], [0], positive, [1]]).astype(np.float32)
 
 
 def _mean(flat: jax.Array) -> jax.Array:
