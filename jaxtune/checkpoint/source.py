@@ -23,6 +23,7 @@ import numpy as np
 from flax import nnx
 
 from jaxtune import models, tree
+from jaxtune.checkpoint import prequantized
 from jaxtune.checkpoint.gguf import open_gguf
 from jaxtune.checkpoint.hf import places
 from jaxtune.checkpoint.safetensors import Location, read_folder, read_tensor, refuse_pickle
@@ -108,7 +109,11 @@ def _open_folder(folder: Path, name: str) -> Checkpoint:
 
     checkpoint = Checkpoint(name, folder, config, generation, tensors, read)
     quantization = config.get("quantization_config")
-    return _dequantized(checkpoint, locations, quantization) if quantization else checkpoint
+    if not quantization:
+        return checkpoint
+    if quantization.get("quant_method") == "fp8":
+        return _dequantized(checkpoint, locations, quantization)
+    return prequantized.opened(checkpoint, quantization)
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
@@ -127,12 +132,6 @@ def _dequantized(
     checkpoint: Checkpoint, locations: Mapping[str, Location], quantization: Mapping[str, Any]
 ) -> Checkpoint:
     """A float8 checkpoint with a scale per block (`weight_scale_inv`), seen as bfloat16."""
-    method = quantization.get("quant_method")
-    if method != "fp8":
-        raise WeightError(
-            f"{checkpoint.name} is quantized with {method!r}, which jaxtune cannot read - "
-            "use the original model"
-        )
     block_rows, block_columns = quantization.get("weight_block_size") or (128, 128)
     suffix = "_scale_inv"
     scaled = {key for key in locations if f"{key}{suffix}" in locations}
