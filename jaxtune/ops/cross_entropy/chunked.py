@@ -24,7 +24,7 @@ def run(
     form: Form,
     *,
     of_x: bool,
-    of_w: bool,
+    dw_dtype: jnp.dtype | None,
 ) -> Parts:
     """Losses of the tokens of a shard, and the gradients of their weighted sum.
 
@@ -35,17 +35,22 @@ def run(
         weights: float32 [N].
         count: only the first `count` tokens are wanted; the others have weight 0.
         form: what the loss is.
-        of_x, of_w: which gradients are wanted.
+        of_x: dx is wanted.
+        dw_dtype: dtype of dw; None: it is not wanted.
     """
     vocab = w.shape[0 if form.transposed else 1]
     size = max(8, min(CHUNK_TOKENS, CHUNK_LOGITS // vocab) // 64 * 64)
 
     def chunk(x: jax.Array, targets: jax.Array, weights: jax.Array) -> tuple:
-        losses, correct, dx, dw = _chunk(x, targets, weights, w, form, of_x=of_x, of_w=of_w)
+        losses, correct, dx, dw = _chunk(
+            x, targets, weights, w, form, of_x=of_x, of_w=dw_dtype is not None
+        )
         return (losses, correct, dx), dw
 
     (losses, correct, dx), dw = by_chunks(chunk, size, (x, targets, weights), count)
-    return Parts(losses, correct, dx, dw.T if dw is not None and form.transposed else dw)
+    if dw is not None:
+        dw = (dw.T if form.transposed else dw).astype(dw_dtype)
+    return Parts(losses, correct, dx, dw)
 
 
 def by_chunks(

@@ -116,7 +116,7 @@ class Parts(NamedTuple):
         correct: bool [N]: the target has the largest logit (ties count).
         dx: [N, D], gradient of the weighted sum of losses, of this vocabulary shard's part; zero
             where the weight is; None where not asked for.
-        dw: float32, like w; None where not asked for.
+        dw: like w; None where not asked for.
     """
 
     losses: jax.Array

@@ -15,7 +15,7 @@ def run(
     form: Form,
     *,
     of_x: bool,
-    of_w: bool,
+    dw_dtype: jnp.dtype | None,
 ) -> Parts:
     """See `chunked.run`; every token is computed, whatever `count` says."""
     if form.axes:
@@ -30,7 +30,8 @@ def run(
 
     operands = (x.astype(jnp.float32), w.astype(jnp.float32))
     (dx, dw), (losses, correct) = jax.grad(weighted, (0, 1), has_aux=True)(*operands)
-    return Parts(losses, correct, dx.astype(x.dtype) if of_x else None, dw if of_w else None)
+    dw = None if dw_dtype is None else dw.astype(dw_dtype)
+    return Parts(losses, correct, dx.astype(x.dtype) if of_x else None, dw)
 
 
 def _losses(x: jax.Array, w: jax.Array, targets: jax.Array, form: Form) -> tuple:

@@ -95,7 +95,9 @@ def _shard(
     local = jnp.where((local >= 0) & (local < vocab) & (factors != 0), local, -1)
     implementation = importlib.import_module(module).run
     rows = (tokens[order], whole, local[order], factors[order])
-    losses, correct, dx, dw = implementation(*rows, count, form, of_x=of_x, of_w=of_w)
+    # What is still to be summed over devices is float32.
+    dw_dtype = jnp.dtype(jnp.float32 if tokens_over else w.dtype) if of_w else None
+    losses, correct, dx, dw = implementation(*rows, count, form, of_x=of_x, dw_dtype=dw_dtype)
     back = jnp.argsort(order)
     losses, correct = (rows[back].reshape(targets.shape) for rows in (losses, correct))
     if dx is not None:
@@ -110,13 +112,12 @@ def _reduced(
     dw: jax.Array, tokens_over: tuple[str, ...], embed_over: tuple[str, ...], embed_dim: int
 ) -> jax.Array:
     """Sum over the tokens of all devices; each keeps its part along D."""
+    if embed_over:
+        dw = jax.lax.psum_scatter(dw, embed_over, scatter_dimension=embed_dim, tiled=True)
     others = tuple(axis for axis in tokens_over if axis not in embed_over)
     dw = jax.lax.psum(dw, others) if others else dw
-    if not embed_over:
-        return dw
-    # Devices along these axes have the same tokens: their sum counts each several times.
-    copies = math.prod(jax.lax.axis_size(axis) for axis in embed_over if axis not in tokens_over)
-    return jax.lax.psum_scatter(dw, embed_over, scatter_dimension=embed_dim, tiled=True) / copies
+    # Devices along these axes have the same tokens, each of which the sum counts several times.
+    return dw / math.prod(jax.lax.axis_size(axis) for axis in embed_over if axis not in tokens_over)
 
 
 def _axes_by_dimension(sharding: NamedSharding, ndim: int) -> tuple[tuple[str, ...], ...]:
