@@ -1,12 +1,11 @@
 """The kernels that tools/tpu_kernel_report.py compiles, by name.
 
 A case is a function from `array(dtype, *shape)`, which makes an abstract argument on the TPU, and
-options with defaults (integers, or strings) to a `Case`. `work` says, by a part of the kernel's
-name, what one call of it does: (flops, grid steps, steps that execute the body).
+options with defaults (integers, or strings) to a `Case`.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -22,20 +21,25 @@ class Case:
     Attributes:
         function: the function; it is jitted.
         args: its abstract arguments.
-        work: (flops, grid steps, executed bodies) by a part of the kernel's name; "" is any.
         pallas: report Pallas kernels only, not XLA's own fusions.
+        flops: by a part of the kernel's name, where it has no cost estimate.
+        executed: steps of the grid that execute the body, likewise, where it is not all of them.
+        dense: executed bodies follow from the flops, as in a product without a mask.
     """
 
     function: Callable
     args: tuple[Any, ...]
-    work: Mapping[str, tuple[float, int, int]]
     pallas: bool = True
+    flops: Mapping[str, float] = field(default_factory=dict)
+    executed: Mapping[str, int] = field(default_factory=dict)
+    dense: bool = False
 
 
 def matmul_bf16(array: Array, M: int = 2048, D: int = 4096, F: int = 14336) -> Case:
     """XLA's own product of bfloat16 matrices: the bound for the quantized ones."""
     args = (array(jnp.bfloat16, M, D), array(jnp.bfloat16, D, F))
-    return Case(jnp.matmul, args, {}, pallas=False)
+    flops = {"": 2.0 * M * D * F}
+    return Case(jnp.matmul, args, pallas=False, flops=flops, dense=True)
 
 
 def _splash(T: int, N: int, block: int, compute: int, fused: int) -> Callable:
@@ -71,15 +75,10 @@ def _splash_args(array: Array, T: int, N: int, K: int, H: int) -> tuple:
     return (*(array(jnp.bfloat16, *shape) for shape in shapes), array(jnp.int32, 1, T))
 
 
-def causal_work(T: int, N: int, H: int, matmuls: int, block_q: int, block_k: int) -> tuple:
-    """(flops, grid steps, blocks not wholly above the diagonal) of causal attention over N heads.
-
-    The flops are those of the blocks that are computed, matmuls x 2 block_q block_k H each.
-    """
-    rows, columns = -(-T // block_q), -(-T // block_k)
-    blocks = sum(1 for i in range(rows) for j in range(columns) if j * block_k < (i + 1) * block_q)
-    flops = matmuls * 2 * block_q * block_k * H * blocks * N
-    return flops, N * rows * columns, N * blocks
+def causal_blocks(T: int, N: int, block: int) -> int:
+    """Blocks that are not wholly above the diagonal, over N heads."""
+    rows = -(-T // block)
+    return N * rows * (rows + 1) // 2
 
 
 def splash_forward(
@@ -92,9 +91,12 @@ def splash_forward(
     compute: int = 1024,
 ) -> Case:
     """JAX's splash attention, causal, with segment ids; block_kv_compute is `compute`."""
-    attend = _splash(T, N, block, compute, 0)
+    blocks = causal_blocks(T, N, block)
     return Case(
-        attend, _splash_args(array, T, N, K, H), {"": causal_work(T, N, H, 2, block, block)}
+        _splash(T, N, block, compute, 0),
+        _splash_args(array, T, N, K, H),
+        flops={"": 2.0 * blocks * 2 * block * block * H},
+        executed={"": blocks},
     )
 
 
@@ -114,13 +116,70 @@ def splash_backward(
     def loss(q: Any, k: Any, v: Any, segments: Any) -> Any:
         return attend(q, k, v, segments).astype(jnp.float32).sum()
 
-    matmuls = {"fwd": 2, "dq_": 3, "dkv": 5 if fused else 4}
-    work = {part: causal_work(T, N, H, n, block, block) for part, n in matmuls.items()}
-    return Case(jax.grad(loss, argnums=(0, 1, 2)), _splash_args(array, T, N, K, H), work)
+    blocks = causal_blocks(T, N, block)
+    products = {"fwd": 2, "dq_": 3, "dkv": 5 if fused else 4}
+    return Case(
+        jax.grad(loss, argnums=(0, 1, 2)),
+        _splash_args(array, T, N, K, H),
+        flops={part: 2.0 * n * blocks * block * block * H for part, n in products.items()},
+        executed={"": blocks},
+    )
+
+
+def quantized(
+    array: Array,
+    format: str = "nf4",
+    M: int = 2048,
+    D: int = 4096,
+    F: int = 14336,
+    dx: int = 0,
+    rank: int = 0,
+) -> Case:
+    """x [M, D] W, or g [M, F] W^T with dx=1, with a rank's low-rank product added."""
+    from jaxtune.ops.matmul import pallas_tpu
+    from jaxtune.quant import quantize
+
+    dense = jax.ShapeDtypeStruct((D, F), jnp.bfloat16)
+    shapes = jax.eval_shape(lambda w: quantize(w, format), dense)
+    w = jax.tree.map(lambda leaf: array(leaf.dtype, *leaf.shape), shapes)
+    call = pallas_tpu.transposed if dx else pallas_tpu.forward
+    x = array(jnp.bfloat16, M, F if dx else D)
+    low = (array(jnp.bfloat16, M, rank), array(jnp.bfloat16, rank, D if dx else F))
+    return Case(call, (x, w, low if rank else None), dense=True)
+
+
+def attention(
+    array: Array,
+    T: int = 8192,
+    N: int = 32,
+    K: int = 8,
+    H: int = 128,
+    B: int = 1,
+    segments: int = 1,
+    window: int = 0,
+    backward: int = 0,
+) -> Case:
+    """Our attention, causal, with segment ids unless segments=0; backward=1: with its gradient."""
+    from jaxtune import ops
+    from jaxtune.ops.attention import Mask
+
+    def attend(q: Any, k: Any, v: Any, ids: Any) -> Any:
+        shown = ids if segments else None
+        mask = Mask(window=window or None, query_segments=shown, key_segments=shown)
+        return ops.attention(q, k, v, mask=mask, implementation="pallas_tpu")
+
+    def loss(*args: Any) -> Any:
+        return attend(*args).astype(jnp.float32).sum()
+
+    args = [array(jnp.bfloat16, B, T, heads, H) for heads in (N, K, K)]
+    function = jax.grad(loss, argnums=(0, 1, 2)) if backward else attend
+    return Case(function, (*args, array(jnp.int32, B, T)))
 
 
 CASES: Mapping[str, Callable[..., Case]] = {
     "matmul-bf16": matmul_bf16,
+    "matmul": quantized,
+    "attention": attention,
     "splash-forward": splash_forward,
     "splash-backward": splash_backward,
 }

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import tpu_kernel_report  # noqa: E402  # pyright: ignore[reportMissingImports]
+import tpu_llo  # noqa: E402  # pyright: ignore[reportMissingImports]
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -144,10 +144,10 @@ def _read(compiled: Any, dumps: Path) -> dict[str, Any]:
     result = {f"{name}_gib": round(size / 2**30, 3) for name, size in sizes.items()}
     total = sizes["args"] + sizes["new"] + sizes["temp"] + sizes["code"]
     result["total_gib"] = round(total / 2**30, 3)
-    shares = tpu_kernel_report.mxu_shares(dumps, CHIP)
     text = compiled.as_text()
+    kernels = tpu_llo.kernel_seconds(dumps, CHIP, tpu_llo.kernel_flops(text))
     (dumps / "step.hlo").write_text(text)
-    return result | tpu_step.summary(text, tpu_kernel_report.CHIPS[CHIP], shares)
+    return result | tpu_step.summary(text, tpu_llo.CHIPS[CHIP], kernels)
 
 
 def key_of(row: dict[str, Any]) -> str:
@@ -163,7 +163,7 @@ def measure(row: dict[str, Any], out: Path, keep: str | None) -> dict[str, Any]:
         return results[key]
     with tempfile.TemporaryDirectory(prefix="step-") as temporary:
         dumps = Path(keep or temporary)
-        env = os.environ | tpu_kernel_report.dump_environment(dumps)
+        env = os.environ | tpu_llo.dump_environment(dumps)
         command = [sys.executable, __file__, "--compile", json.dumps(row), "--keep", str(dumps)]
         child = subprocess.run(command, env=env, capture_output=True, text=True)
     if child.returncode:

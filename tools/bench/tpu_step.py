@@ -6,9 +6,9 @@ cost estimate says. Here every computation is walked in schedule order:
     flops        of convolutions and dots (a TPU program has its matrix products as convolutions),
                  and of kernels by their cost estimate
     collectives  bytes that a device receives (ring formulas), by kind and dtype
-    est_ms       fusions cost XLA's `estimated_cycles`; a kernel costs flops / (peak x the share of
-                 matrix-unit slots in its hot loop, from tpu_kernel_report); copies to other
-                 memories and collectives run beside the rest and are waited for at their end
+    est_ms       fusions cost XLA's `estimated_cycles`; a kernel its static bundle count
+                 (tpu_llo); copies to other memories and collectives run beside the rest and are
+                 waited for at their end
 
 The estimate compares variants of a program on one chip. It has never been compared with a chip, and
 XLA charges elementwise code about 2.5 times what HBM needs for it.
@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from tpu_kernel_report import Chip  # pyright: ignore[reportMissingImports]
+from tpu_llo import Chip  # pyright: ignore[reportMissingImports]
 
 BITS = {"pred": 8, "token": 0, "f8e4m3fn": 8, "f8e5m2": 8}
 HOST_LINK = 16e9  # bytes/s to host memory over PCIe, assumed
@@ -159,10 +159,10 @@ def dot_flops(op: Op, left: Leaf) -> float:
 class Program:
     """A parsed program and its costs on a chip."""
 
-    def __init__(self, text: str, chip: Chip, mxu_share: Mapping[str, float]):
+    def __init__(self, text: str, chip: Chip, kernels: Mapping[str, float]):
         self.ops, self.entry = parse(text)
         self.chip = chip
-        self.mxu_share = mxu_share
+        self.kernels = kernels
         self.unread: set[str] = set()
 
     def trips(self, op: Op, computation: str) -> int:
@@ -309,10 +309,8 @@ class Program:
     def _seconds(self, computation: str, op: Op) -> float:
         """Time of one instruction by itself."""
         if "tpu_custom_call" in op.rest:
-            share = self.mxu_share.get(op.name, 0)
-            flops = self.flops(computation, op.name)
-            if flops and share:
-                return flops / self.chip.flops / share
+            if op.name in self.kernels:
+                return self.kernels[op.name]
         cycles = re.search(r'"estimated_cycles":"(\d+)"', op.rest)
         if cycles and int(cycles[1]) < 1e12:  # some are 2**63 - 1
             return int(cycles[1]) / self.chip.clock
@@ -354,18 +352,18 @@ class _Clock:
             self.total["exposed_sec"] += late
 
 
-def summary(text: str, chip: Chip, mxu_share: Mapping[str, float]) -> dict:
+def summary(text: str, chip: Chip, kernels: Mapping[str, float]) -> dict:
     """Loop-aware totals of a compiled program.
 
     Args:
         text: `compiled.as_text()`.
-        chip: of tpu_kernel_report.CHIPS.
-        mxu_share: share of matrix-unit slots in the hot loop, by the name of a kernel's call.
+        chip: of tpu_llo.CHIPS.
+        kernels: seconds of each kernel's call, by its name.
     """
-    program = Program(text, chip, mxu_share)
+    program = Program(text, chip, kernels)
     total = program.run(program.entry)
     moved = {key: value for key, value in total.items() if isinstance(key, tuple)}
-    kernels = {
+    calls = {
         o.name for ops in program.ops.values() for o in ops.values() if "tpu_custom_call" in o.rest
     }
     return {
@@ -375,6 +373,6 @@ def summary(text: str, chip: Chip, mxu_share: Mapping[str, float]) -> dict:
         "exposed_ms": round(total["exposed_sec"] * 1e3, 1),
         "bound_ms": round(total["flops"] / chip.flops * 1e3, 1),
         "received_gib": {f"{k} {d}": round(v / 2**30, 3) for (k, d), v in moved.items()},
-        "kernels_without_estimate": sorted(kernels - set(mxu_share)),
+        "kernels_without_estimate": sorted(calls - set(kernels)),
         "unread_loops": sorted(program.unread),
     }

@@ -1,0 +1,278 @@
+"""VLIW programs of TPU kernels, which libtpu writes down when it compiles, TPU or not.
+
+Under `dump_environment` libtpu leaves files for each program; three of them are read:
+
+    packed-bundles-post-ra        the program after register allocation: loops, branches, addresses
+    pre-delay_..-utilization      slots that each bundle occupies (MXU, XLU, VALU ...), capacities
+    pre-finalize-..-allocations   VMEM: windows (both buffers), scratch and the compiler's own
+
+How a grid step is counted. The grid is one loop of the program, with two trips more than steps that
+fill and drain its pipeline; trips of every loop are read from its exit test. What `pl.when` and
+`lax.cond` guard is a region that a forward branch skips, and how often it runs is not in the
+program:
+
+    base    bundles of every grid step: outside such regions, and those of regions around other ones
+            with matrix work; inner loops times their trips
+    body    a region with matrix work. Several are alternatives (masked and unmasked block): each is
+            a line of its own, whose percentages are those of base + body
+    idle    regions without matrix work (initialisation, write-out), which run once per row of
+            blocks: listed, but in no total
+
+A bundle is one cycle if nothing stalls. Bundles are counted before the pass that folds empty ones
+into delay fields, so that waiting for the matrix unit counts; the later `final_bundles` dump is
+shorter and would flatter a kernel. In no number: stalls on HBM, and DMA that the pipeline hides.
+"""
+
+import dataclasses
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+SLOTS = ("MXU", "XLU", "VALU", "VPOP", "EUP", "LOAD", "FILL", "STORE", "SPILL", "SALU")
+PASSES = (
+    "packed-bundles-post-ra|pre-delay_hlo-static-per-bundle-utilization"
+    "|pre-finalize-registers-and-allocations"
+)
+
+
+@dataclass(frozen=True)
+class Chip:
+    """A TPU generation.
+
+    Sources: Google Cloud's pages of each version (bf16 peak, HBM bandwidth and size per chip);
+    jax._src.pallas.mosaic.tpu_info of jax 0.10.2 (VMEM of a core); arXiv 2304.01433 (clock of v4).
+    The other clocks are the peak divided by the products that a cycle of all matrix units makes
+    in the compiler's own schedule: 4 x 128 x 128 a core (v5e, v5p), 2 x 2 x 256 x 256 (v6e).
+
+    Attributes:
+        topology: smallest slice libtpu describes; cases are compiled for its first device.
+        flops: bfloat16 FLOP/s of a chip.
+        clock: Hz.
+        cores: TensorCores of a chip; one JAX device is a core on v4, a chip elsewhere.
+        vmem: bytes of a core.
+        hbm, bandwidth: bytes and bytes/s of a chip.
+        ici: bytes/s received over all links of a chip.
+        delay_slots: bundles after a branch that run anyway, seen in the dumps.
+    """
+
+    topology: str
+    flops: float
+    clock: float
+    cores: int
+    vmem: int
+    hbm: int
+    bandwidth: float
+    ici: float
+    delay_slots: int
+
+
+GIB = 2**30
+CHIPS = {
+    "v4": Chip("v4:2x2x1", 275e12, 1.05e9, 2, 16 << 20, 32 * GIB, 1228e9, 300e9, 1),
+    "v5e": Chip("v5e:2x2", 197e12, 1.5e9, 1, 128 << 20, 16 * GIB, 819e9, 200e9, 4),
+    "v5p": Chip("v5p:2x2x1", 459e12, 1.75e9, 2, 64 << 20, 95 * GIB, 2765e9, 600e9, 4),
+    "v6e": Chip("v6e:2x2", 918e12, 1.75e9, 1, 128 << 20, 32 * GIB, 1640e9, 448e9, 4),
+}
+
+DEVICELESS = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-16",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "JAX_PLATFORMS": "cpu",
+}
+
+
+@dataclass(frozen=True)
+class Count:
+    """Bundles and the slots they occupy."""
+
+    bundles: int = 0
+    slots: tuple[int, ...] = (0,) * len(SLOTS)
+
+    def __add__(self, other: "Count") -> "Count":
+        slots = tuple(a + b for a, b in zip(self.slots, other.slots, strict=True))
+        return Count(self.bundles + other.bundles, slots)
+
+    def __mul__(self, times: int) -> "Count":
+        return Count(self.bundles * times, tuple(times * n for n in self.slots))
+
+    @property
+    def matrix(self) -> int:
+        """Slots of the matrix units."""
+        return self.slots[0]
+
+
+@dataclass
+class Span:
+    """Bundles [start, end) of a program: a loop, or a region that a branch skips.
+
+    Attributes:
+        trips: of a loop, 0 if its exit test is not against a constant; None for a region.
+        own: what is in no span inside.
+        inside: the spans inside.
+    """
+
+    start: int
+    end: int
+    trips: int | None
+    own: Count = Count()
+    inside: "list[Span]" = dataclasses.field(default_factory=list)
+
+    def loops(self) -> Count:
+        """The loops directly inside, times their trips."""
+        loops = [(span, span.trips) for span in self.inside if span.trips is not None]
+        return sum((span.hot() * max(trips, 1) for span, trips in loops), Count())
+
+    def hot(self) -> Count:
+        """What runs when matrix work is done: of alternative regions the longest, no idle ones."""
+        bodies = [span.hot() for span in self.regions() if span.hot().matrix]
+        longest = max(bodies, key=lambda body: (body.matrix, body.bundles), default=Count())
+        return self.own + self.loops() + longest
+
+    def regions(self) -> "list[Span]":
+        """The regions directly inside."""
+        return [span for span in self.inside if span.trips is None]
+
+    def split(self) -> tuple[Count, list[Count], list[int]]:
+        """(base, bodies, bundles of idle regions), as the module's docstring defines them."""
+        base, bodies, idle = self.own + self.loops(), [], []
+        for span in self.regions():
+            if any(region.hot().matrix for region in span.regions()):
+                around, inner, unused = span.split()
+                base, bodies, idle = base + around, bodies + inner, idle + unused
+            elif span.hot().matrix:
+                bodies.append(span.hot())
+            else:
+                idle.append(span.end - span.start)
+        return base, bodies, idle
+
+
+def spans(program: str, rows: Sequence[tuple[int, ...]], delay_slots: int) -> Span:
+    """The whole program as a span, from a `packed-bundles` dump and the slots of its bundles."""
+    tests = dict(re.findall(r"(%p\w+) = scmp\.ge\.s32\S* \S+ (\d+) /\* loop exit test", program))
+    found: dict[tuple, Span] = {}
+    address = 0
+    for line in program.splitlines():
+        bundle = re.match(r" *(0x[0-9a-f]+|0) +(?:[A-Z]{2})? *:", line)
+        address = int(bundle[1], 16) if bundle else address
+        for test, to in re.findall(r"sbr\.rel (?:\(!?(%p\w+)\))?.*?target bundleno = (\d+)", line):
+            after = address + 1 + delay_slots
+            if int(to) <= address:
+                found[int(to), after, "loop"] = Span(int(to), after, int(tests.get(test, 0)))
+            elif int(to) > after:
+                found.setdefault((after, int(to)), Span(after, int(to), None))
+    whole = Span(0, len(rows), None)
+    path = [whole]
+    for span in sorted(found.values(), key=lambda s: (s.start, -s.end, s.trips is not None)):
+        while path[-1].end < span.end:
+            path.pop()
+        path[-1].inside.append(span)
+        path.append(span)
+    for span in [whole, *found.values()]:
+        taken = {i for s in span.inside for i in range(s.start, s.end)}
+        own = [rows[i] for i in range(span.start, min(span.end, len(rows))) if i not in taken]
+        span.own = Count(len(own), tuple(map(sum, zip(*own, strict=True))) or Count().slots)
+    return whole
+
+
+def utilization(dump: str) -> tuple[tuple[int, ...], list[tuple[int, ...]]]:
+    """Capacity of the slots, and the slots that each bundle occupies."""
+    rows = [
+        tuple(map(int, line.split())) for line in dump.splitlines() if re.match(r"[ \d]+$", line)
+    ]
+    rows = [row for row in rows if len(row) == len(SLOTS)]
+    return rows[0], rows[1:]
+
+
+def vmem_bytes(dump: str) -> int:
+    """Scoped VMEM of a program: windows with their second buffers, scratch, internal scratch."""
+    sizes = re.findall(r"#allocation\d+ \[.*?space=vmem, size = 0x([0-9a-f]+), scoped", dump)
+    return sum(int(size, 16) for size in sizes)
+
+
+def read_program(files: dict[str, Path], chip: Chip) -> dict[str, Any]:
+    """What one kernel's three dumps say about its grid loop."""
+    capacity, rows = utilization(files["pre-delay_hlo-static-per-bundle-utilization"].read_text())
+    whole = spans(files["packed-bundles-post-ra"].read_text(), rows, chip.delay_slots)
+    loops = [span for span in whole.inside if span.trips is not None]
+    grid = max(loops, key=lambda loop: loop.hot().matrix * max(loop.trips or 1, 1), default=whole)
+    base, bodies, idle = grid.split()
+    return {
+        "capacity": capacity,
+        "vmem": vmem_bytes(files["pre-finalize-registers-and-allocations"].read_text()),
+        "trips": grid.trips or 1,
+        "base": base,
+        "bodies": bodies + [Count()] * bool(base.matrix or not bodies),
+        "idle": idle,
+    }
+
+
+def dumped(folder: Path) -> Iterator[tuple[str, dict[str, Path]]]:
+    """Kernel name and its files by pass, for every program with a complete set of dumps."""
+    programs: dict[str, dict[str, Path]] = {}
+    for path in sorted(folder.iterdir()):
+        found = re.match(rf"(\d+-.+?)-\d+-({PASSES})\.txt$", path.name)
+        if found:
+            programs.setdefault(found[1], {})[found[2]] = path
+    for name, files in programs.items():
+        if len(files) == len(PASSES.split("|")):
+            yield name.split("-", 1)[1], files
+
+
+def dump_environment(folder: Path) -> dict[str, str]:
+    """Environment in which libtpu compiles without a TPU and writes its programs to a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    dump = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
+    dump += f" --xla_jf_dump_llo_pass_label_regex={PASSES}|deduplication-map"
+    return DEVICELESS | {"LIBTPU_INIT_ARGS": dump}
+
+
+def kernel_flops(text: str) -> dict[str, float]:
+    """The cost estimate of each Pallas kernel's call in a program, by its name."""
+    pattern = r'%([\w.\-]+) = .*"tpu_custom_call".*"cost_estimate":\{[^}]*"flops":"?([\d.e+]+)'
+    return {name: float(flops) for name, flops in re.findall(pattern, text)}
+
+
+def executed_bodies(program: dict[str, Any], flops: float, chip: Chip) -> int:
+    """Grid steps that execute the longest body, from the kernel's FLOPs, at most all.
+
+    Right where every matrix-unit slot does full work: on v6e a product that contracts over 128, as
+    attention's with heads of 128, uses half of one.
+    """
+    per_slot = chip.flops / chip.cores / chip.clock / program["capacity"][0]
+    body = max(program["bodies"], key=lambda count: count.matrix)
+    trips = program["trips"]
+    slots = flops / per_slot - trips * program["base"].matrix
+    return min(trips, round(slots / body.matrix)) if body.matrix else trips
+
+
+def kernel_seconds(folder: Path, chip_name: str, flops: Mapping[str, float]) -> dict[str, float]:
+    """Static time of every program in a dump, by HLO instruction.
+
+    A grid step costs its base and, as often as `flops` say, the longest body; in the other steps
+    the shorter ones and the idle regions. Equal kernels are compiled once; the dump's
+    deduplication map names the others.
+
+    Args:
+        folder: of the dump.
+        chip_name: of CHIPS.
+        flops: of one call, by instruction; without it every step executes the longest body.
+    """
+    chip = CHIPS[chip_name]
+    same: dict[str, list[str]] = {}
+    for path in folder.glob("*-deduplication-map.txt"):
+        for entry in path.read_text().split("key:")[1:]:
+            key, *lines = entry.splitlines()
+            same[key] = [line.strip() for line in lines if line.startswith("  ")]
+    seconds: dict[str, float] = {}
+    for name, files in dumped(folder):
+        program = read_program(files, chip)
+        trips, bodies = program["trips"], sorted(body.bundles for body in program["bodies"])
+        executed = executed_bodies(program, flops[name], chip) if flops.get(name) else trips
+        cycles = trips * program["base"].bundles + executed * bodies[-1]
+        cycles += (trips - executed) * (sum(bodies[:-1]) + sum(program["idle"]))
+        seconds |= dict.fromkeys([name, *same.get(name, ())], cycles / chip.clock)
+    return seconds
