@@ -185,6 +185,7 @@ def describe(config: RunConfig, mesh: Mesh, checkpoint: Checkpoint) -> Run:
         objective=functools.partial(
             objectives.OBJECTIVES[config.objective.name],
             loss_dtype=jnp.dtype(config.model.loss_dtype),
+            cross_entropy=config.model.cross_entropy.replace("auto", "chunked"),
         ),
     )
 

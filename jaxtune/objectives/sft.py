@@ -4,18 +4,23 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
 
 from jaxtune import ops
+from jaxtune.sharding import rules
 
 
-def sft(model: Any, batch: Any, *, loss_dtype: DTypeLike) -> tuple[jax.Array, dict[str, jax.Array]]:
+def sft(
+    model: Any, batch: Any, *, loss_dtype: DTypeLike, cross_entropy: str = "chunked"
+) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Sum over target tokens of weight * -log p(token | tokens before it).
 
     Args:
         model: a decoder.
         batch: TokenBatch of [B, T] arrays.
         loss_dtype: dtype of the logits.
+        cross_entropy: implementation of the loss, a name of `ops.cross_entropy.IMPLEMENTATIONS`.
 
     Returns:
         The sum, and sums to report: `weight` (of all targets) and `correct` (weight of the targets
@@ -27,6 +32,24 @@ def sft(model: Any, batch: Any, *, loss_dtype: DTypeLike) -> tuple[jax.Array, di
     weights = jnp.roll(batch.weights, -1, axis=1).at[:, -1].set(0.0)
     weight, transposed = model.head()
     loss, correct = ops.cross_entropy(
-        hidden, weight, targets, weights, transposed=transposed, loss_dtype=loss_dtype
+        hidden,
+        weight,
+        targets,
+        weights,
+        transposed=transposed,
+        loss_dtype=loss_dtype,
+        shardings=_shardings(hidden, weight, transposed, model.policy.mesh),
+        implementation=cross_entropy,
     )
     return loss, {"weight": weights.sum(), "correct": correct}
+
+
+def _shardings(
+    hidden: jax.Array, weight: jax.Array, transposed: bool, mesh: Mesh | None
+) -> tuple[NamedSharding, NamedSharding] | None:
+    """How hidden states and the head lie on a mesh of several devices."""
+    if mesh is None or mesh.size == 1:
+        return None
+    axes = ("vocab", "embed") if transposed else ("embed", "vocab")
+    rows = rules.sharding(hidden.shape, ("batch", None, None), mesh)
+    return rows, rules.sharding(weight.shape, axes, mesh)
