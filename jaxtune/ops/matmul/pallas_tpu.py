@@ -14,8 +14,8 @@ vector unit is free for scaling: a tree of selects takes 15 vector operations fo
 would outlast the matrix unit on v6e.
 """
 
+import dataclasses
 import functools
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,29 +64,44 @@ def transposed(g: jax.Array, w: QArray, low: Pair | None, *, interpret: Any = Fa
 
 @dataclass(frozen=True)
 class _Plan:
-    """Block sizes of one product, [m, contracted] x [contracted, columns].
+    """One product, [m, contracted] x [contracted, columns] + [m, rank] x [rank, columns].
 
     Attributes:
         transposed: whether W is read as W^T: rows of its tiles are then columns of the result.
         format: of the codes.
-        group_rows: rows of W that share a scale.
-        groups: how many there are.
-        m, contracted, columns: sizes of the product.
-        bm, bk, bn: sizes of its blocks.
-        chunks: turns of the inner loop over bm.
+        group_rows, groups: rows of W that share a scale, and how many such groups there are.
+        has_zero: whether groups have a zero of their own.
+        dtype: of x, of the decoded tiles and of the result.
+        m, contracted, columns, rank: sizes of the product; rank 0: nothing is added to it.
+        bk, bn: sizes of the blocks of `contracted` and `columns`.
+        blocks: of m.
     """
 
     transposed: bool
     format: str
     group_rows: int
     groups: int
+    has_zero: bool
+    dtype: np.dtype
     m: int
     contracted: int
     columns: int
-    bm: int
+    rank: int
     bk: int
     bn: int
-    chunks: int
+    blocks: int
+
+    @property
+    def chunks(self) -> int:
+        """Turns of the inner loop over a block of m."""
+        return pl.cdiv(pl.cdiv(self.m, self.blocks), CHUNK)
+
+    @property
+    def bm(self) -> int:
+        """Size of a block of m: all of it, or whole registers of 16-bit numbers in each chunk."""
+        if self.blocks == self.chunks == 1:
+            return self.m
+        return self.chunks * _round_up(pl.cdiv(self.m, self.blocks * self.chunks), 2 * SUBLANES)
 
     @property
     def steps(self) -> int:
@@ -94,9 +109,9 @@ class _Plan:
         return pl.cdiv(self.contracted, self.bk)
 
     @property
-    def ragged(self) -> int:
-        """Size of the last tile of the summed axis, if it is not a whole one; else 0."""
-        return self.contracted % self.bk
+    def is_ragged(self) -> bool:
+        """Whether the last tile of the summed axis hangs over its end."""
+        return self.contracted % self.bk != 0
 
     @property
     def tile(self) -> tuple[int, int]:
@@ -104,10 +119,32 @@ class _Plan:
         return (self.bn, self.bk) if self.transposed else (self.bk, self.bn)
 
     @property
+    def packed(self) -> bool:
+        """Whether two codes share a byte."""
+        return self.format != "int8"
+
+    @property
     def unit(self) -> int:
         """Rows of W that are decoded together."""
         rows = self.tile[0]
         return PACK_ROWS if rows % PACK_ROWS == 0 else rows
+
+    @property
+    def scale_rows(self) -> int:
+        """Rows of scales that a tile comes with: its own if they fill registers, else all."""
+        own, rest = divmod(self.tile[0], self.group_rows)
+        return own if own and not rest and own % SUBLANES == 0 else self.groups
+
+    @property
+    def vmem(self) -> int:
+        """Bytes of VMEM: blocks have two buffers, numbers in lanes are padded to registers."""
+        rows, columns = self.tile
+        size = self.dtype.itemsize
+        low = bool(self.rank) * _round_up(self.rank, LANES)
+        windows = self.bm * (self.bk + self.bn + low) * size + low * self.bn * size
+        windows += rows * columns // (1 + self.packed)
+        windows += 4 * _round_up(self.scale_rows, SUBLANES) * columns * (1 + self.has_zero)
+        return 2 * windows + 4 * self.bm * self.bn + 2 * rows * columns * size
 
 
 def _product(
@@ -115,54 +152,44 @@ def _product(
 ) -> jax.Array:
     if w.group_rows % STRIP and w.group_rows != w.shape[0]:
         raise NotImplementedError(f"scales of {w.group_rows} rows: the kernel wants 32, 64, 96 ...")
-    scale = decode_scale(w.scale, w.shape)
     *batch, contracted = x.shape
-    m, (d, f) = math.prod(batch), w.shape
-    columns = d if transposed else f
-    x = x.reshape(m, contracted)
-    plan = _make_plan(transposed, w, scale.shape[0], m, contracted, columns, x.dtype.itemsize)
-    operands: dict[str, Any] = {"x": x, "codes": w.codes, "scale": scale}
+    operands = {"x": x.reshape(-1, contracted), "codes": w.codes}
+    operands["scale"] = decode_scale(w.scale, w.shape)
     if w.zero is not None:
         operands["zero"] = w.zero
     if w.format in BOOKS:
         book = np.pad(BOOKS[w.format], (0, LANES - 16))
         operands["book"] = jnp.asarray(np.tile(book, (SUBLANES, 1)))
     if low is not None:
-        operands["u"] = low[0].reshape(m, -1)
-        operands["v"] = low[1]
-    y = _call(plan, operands, x.dtype, interpret)
-    return y.reshape(*batch, columns)
-
-
-def _make_plan(
-    transposed: bool, w: QArray, groups: int, m: int, contracted: int, columns: int, itemsize: int
-) -> _Plan:
-    # Lanes of a tile are padded to whole registers, which the lookup wants.
-    bk = _contracted_block(contracted, whole=not transposed)
-    bn = _column_block(columns, whole=transposed)
-    blocks = pl.cdiv(m, ROWS)
-    while True:
-        bm = pl.cdiv(m, blocks)
-        chunks = pl.cdiv(bm, CHUNK)
-        if blocks > 1 or chunks > 1:
-            bm = pl.cdiv(bm, chunks * 16) * chunks * 16
-        scales = 2 * 4 * groups * (bk if transposed else bn) * (1 if w.zero is None else 2)
-        used = bm * (2 * bk * itemsize + 2 * bn * itemsize + 4 * bn)
-        used += 2 * bk * bn * (itemsize + 1) + scales
-        if used <= VMEM or bm <= 256:
-            break
-        blocks += 1
-    return _Plan(
-        transposed, w.format, w.group_rows, groups, m, contracted, columns, bm, bk, bn, chunks
+        operands["u"], operands["v"] = low[0].reshape(-1, low[0].shape[-1]), low[1]
+    columns = w.shape[0 if transposed else 1]
+    plan = _Plan(
+        transposed=transposed,
+        format=w.format,
+        group_rows=w.group_rows,
+        groups=operands["scale"].shape[0],
+        has_zero=w.zero is not None,
+        dtype=x.dtype,
+        m=operands["x"].shape[0],
+        contracted=contracted,
+        columns=columns,
+        rank=low[1].shape[0] if low else 0,
+        bk=_summed_block(contracted, whole=not transposed),
+        bn=_column_block(columns, whole=transposed),
+        blocks=pl.cdiv(operands["x"].shape[0], ROWS),
     )
+    while plan.vmem > VMEM and plan.bm > CHUNK // 4:
+        plan = dataclasses.replace(plan, blocks=plan.blocks + 1)
+    return _call(plan, operands, interpret).reshape(*batch, columns)
 
 
-def _contracted_block(size: int, whole: bool) -> int:
+def _summed_block(size: int, whole: bool) -> int:
     """A tile's size on the summed axis; a divisor of the axis if there is a good one.
 
     Args:
         size: of the axis.
-        whole: whether one tile of any size may take the whole axis.
+        whole: whether one tile may take a whole axis that does not fill registers: the rows of W,
+            but not its columns, which are looked up by registers.
     """
     if whole and size <= 3 * BLOCK // 2:
         return size
@@ -181,9 +208,8 @@ def _round_up(size: int, unit: int) -> int:
     return pl.cdiv(size, unit) * unit
 
 
-def _call(plan: _Plan, operands: dict[str, Any], dtype: Any, interpret: Any) -> jax.Array:
+def _call(plan: _Plan, operands: dict[str, Any], interpret: Any) -> jax.Array:
     rows, columns = plan.tile
-    packed = plan.format != "int8"
     last = plan.steps - 1
 
     def tile(j: Any, k: Any) -> tuple[Any, Any]:
@@ -191,36 +217,39 @@ def _call(plan: _Plan, operands: dict[str, Any], dtype: Any, interpret: Any) -> 
         k = jnp.minimum(k, last)
         return (j, k) if plan.transposed else (k, j)
 
-    scale_spec = pl.BlockSpec((plan.groups, columns), lambda i, j, k: (0, tile(j, k)[1]))
-    rank = operands["v"].shape[0] if "v" in operands else 0
+    has_own_scales = plan.scale_rows < plan.groups
+    scale_spec = pl.BlockSpec(
+        (plan.scale_rows, columns),
+        lambda i, j, k: tile(j, k) if has_own_scales else (0, tile(j, k)[1]),
+    )
     specs = {
         "x": pl.BlockSpec((plan.bm, plan.bk), lambda i, j, k: (i, jnp.maximum(k - 1, 0))),
-        "codes": pl.BlockSpec((rows // 2 if packed else rows, columns), lambda i, j, k: tile(j, k)),
+        "codes": pl.BlockSpec((rows // (1 + plan.packed), columns), lambda i, j, k: tile(j, k)),
         "scale": scale_spec,
         "zero": scale_spec,
         "book": pl.BlockSpec((SUBLANES, LANES), lambda i, j, k: (0, 0)),
-        "u": pl.BlockSpec((plan.bm, rank), lambda i, j, k: (i, 0)),
-        "v": pl.BlockSpec((rank, plan.bn), lambda i, j, k: (0, j)),
+        "u": pl.BlockSpec((plan.bm, plan.rank), lambda i, j, k: (i, 0)),
+        "v": pl.BlockSpec((plan.rank, plan.bn), lambda i, j, k: (0, j)),
     }
     grid = (pl.cdiv(plan.m, plan.bm), pl.cdiv(plan.columns, plan.bn), plan.steps + 1)
-    read = [math.prod(array.shape) * array.dtype.itemsize for array in operands.values()]
-    written = plan.m * plan.columns * dtype.itemsize
+    read = {name: array.nbytes for name, array in operands.items()}
+    moved = grid[1] * read["x"] + grid[0] * (sum(read.values()) - read["x"])
     return pl.pallas_call(
         functools.partial(_kernel, plan=plan),
-        out_shape=jax.ShapeDtypeStruct((plan.m, plan.columns), dtype),
+        out_shape=jax.ShapeDtypeStruct((plan.m, plan.columns), plan.dtype),
         grid=grid,
         in_specs=[{name: specs[name] for name in operands}],
         out_specs=pl.BlockSpec((plan.bm, plan.bn), lambda i, j, k: (i, j)),
         scratch_shapes=[
             pltpu.VMEM((plan.bm, plan.bn), jnp.float32),
-            pltpu.VMEM((2, rows, columns), dtype),
+            pltpu.VMEM((2, rows, columns), plan.dtype),
         ],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary")
         ),
         cost_estimate=pl.CostEstimate(
-            flops=2 * plan.m * plan.columns * (plan.contracted + rank),
-            bytes_accessed=grid[1] * read[0] + grid[0] * sum(read[1:]) + written,
+            flops=2 * plan.m * plan.columns * (plan.contracted + plan.rank),
+            bytes_accessed=moved + plan.m * plan.columns * plan.dtype.itemsize,
             transcendentals=0,
         ),
         interpret=interpret,
@@ -235,6 +264,7 @@ def _kernel(refs: dict[str, Any], out: Any, sums: Any, tiles: Any, *, plan: _Pla
     units = plan.tile[0] // plan.unit
     share = pl.cdiv(units, plan.chunks)
     first_row = (j if plan.transposed else jnp.minimum(k, plan.steps - 1)) * plan.tile[0]
+    first_row = 0 if plan.scale_rows < plan.groups else first_row
 
     def each_chunk(work: Any) -> None:
         """Some work on each chunk of x, and a share of decoding the next tile."""
@@ -257,7 +287,7 @@ def _kernel(refs: dict[str, Any], out: Any, sums: Any, tiles: Any, *, plan: _Pla
 
     def multiply(rows: Any) -> None:
         x = refs["x"][rows, :]
-        if plan.ragged:
+        if plan.is_ragged:
             column = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
             x = jnp.where(column < plan.contracted - (k - 1) * plan.bk, x, 0)
         axis = 1 if plan.transposed else 0
@@ -277,10 +307,9 @@ def _decode(
     refs: dict[str, Any], tiles: Any, half: Any, unit: Any, first_row: Any, k: Any, plan: _Plan
 ) -> None:
     """Decodes one unit of rows of the current tile of W into one half of the buffer."""
-    packed = plan.format != "int8"
     for start in range(0, plan.unit, STRIP):
         rows = min(STRIP, plan.unit - start)
-        if packed:
+        if plan.packed:
             codes = refs["codes"][pl.ds(pl.multiple_of(unit * STRIP, STRIP), STRIP), :]
             codes = codes.astype(jnp.int32)
             codes = codes >> 4 if start else codes & 15
@@ -289,9 +318,9 @@ def _decode(
         row = unit * plan.unit + start
         # Rows past the end of W belong to no group; what they become is not kept.
         group = jax.lax.div(first_row + row, plan.group_rows)
-        group = pl.ds(jnp.minimum(group, plan.groups - 1), 1)
+        group = pl.ds(jnp.minimum(group, plan.scale_rows - 1), 1)
         scale = refs["scale"][group, :]
-        if plan.ragged and plan.transposed:
+        if plan.is_ragged and plan.transposed:
             column = jax.lax.broadcasted_iota(jnp.int32, scale.shape, 1)
             left = plan.contracted - jnp.minimum(k, plan.steps - 1) * plan.bk
             scale = jnp.where(column < left, scale, 0)
@@ -300,7 +329,7 @@ def _decode(
         elif "zero" in refs:
             values = codes.astype(jnp.float32) - refs["zero"][group, :]
         else:
-            values = (codes - (MIDDLE if packed else 0)).astype(jnp.float32)
+            values = (codes - (MIDDLE if plan.packed else 0)).astype(jnp.float32)
         tiles[half, pl.ds(row, rows), :] = (values * scale).astype(tiles.dtype)
 
 
