@@ -44,6 +44,13 @@ GPUS = {
         "l2_cache_size: 41943040 device_memory_size: 84987740160 "
         "cuda_compute_capability { major: 8 }",
     ),
+    "rtx4090": (
+        "NVIDIA GeForce RTX 4090",
+        "shared_memory_per_core: 102400 shared_memory_per_block_optin: 101376 core_count: 128 "
+        "fpus_per_core: 128 clock_rate_ghz: 2.52 memory_bandwidth: 1008000000000 "
+        "l2_cache_size: 75497472 device_memory_size: 25757220864 "
+        "cuda_compute_capability { major: 8 minor: 9 }",
+    ),
 }
 
 
@@ -67,9 +74,10 @@ def main(gpu: str, length: str, head_size: str, dtype: str) -> None:
     t, h = int(length), int(head_size)
     q, k, ids = array(2, t, 8, h), array(2, t, 2, h), array(2, t, dtype="int32")
     compiled = jax.jit(step).lower(q, k, k, ids, q).compile()
-    kernels = compiled.as_text().count("__gpu$xla.gpu.triton")
-    temp = compiled.memory_analysis().temp_size_in_bytes
-    print(f"kernels {kernels} temp {temp}")
+    text, memory = compiled.as_text(), compiled.memory_analysis()
+    assert text is not None and memory is not None
+    kernels = text.count("__gpu$xla.gpu.triton")
+    print(f"kernels {kernels} temp {memory.temp_size_in_bytes}")
 
 
 if __name__ == "__main__":

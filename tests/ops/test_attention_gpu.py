@@ -114,10 +114,9 @@ def test_blocks_between_prefix_and_window_are_not_read():
     unseen = (jnp.arange(256) >= 16) & (jnp.arange(256) < 112)
     k, v = (jnp.where(unseen[:, None, None], jnp.nan, x) for x in (k, v))
     poisoned = dataclasses.replace(operands, k=k, v=v)
-    pullback = jax.vjp(SMALL, poisoned)[1]
-    y, lse = SMALL(poisoned)
-    assert np.abs(y - expected).max() <= OPS * np.abs(expected).max()
-    grads = pullback((jnp.ones_like(y), jnp.ones_like(lse)))[0]
+    results, pullback = jax.vjp(SMALL, poisoned)
+    assert np.abs(results[0] - expected).max() <= OPS * np.abs(expected).max()
+    grads = pullback(jax.tree.map(jnp.ones_like, results))[0]
     assert jnp.isfinite(grads.q).all()
     assert (grads.k[:, 16:112] == 0).all() and (grads.v[:, 16:112] == 0).all()
 
@@ -147,7 +146,7 @@ def test_lowers_for_cuda(seed: int, dtype: str):
 @pytest.mark.slow
 @pytest.mark.parametrize("length", [2048, 8192])
 @pytest.mark.parametrize("head_size", [64, 128, 256])
-@pytest.mark.parametrize("gpu", ["a100", "h100"])
+@pytest.mark.parametrize("gpu", ["a100", "h100", "rtx4090"])
 def test_compiles_for_gpus(gpu: str, head_size: int, length: int):
     if importlib.util.find_spec("jax_cuda12_plugin") is None:
         pytest.skip("jax-cuda12-plugin and jax-cuda12-pjrt are not installed")

@@ -44,10 +44,11 @@ class Tile(NamedTuple):
     stages: int
 
 
-# By head size. Shared memory holds stages x (k and v) of a block, registers (65,536 of a
-# multiprocessor) the sums of block x H in float32.
-FORWARD_TILES = {64: Tile(128, 64, 4, 3), 128: Tile(128, 64, 8, 3), 256: Tile(64, 32, 4, 2)}
-BACKWARD_TILES = {64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 8, 2), 256: Tile(32, 32, 4, 2)}
+# By head size, for two-byte operands: what compiles for A100, H100 and RTX 4090 without register
+# spills (but 32 bytes in dk, dv of head size 64 on A100). Shared memory holds stages x (k and v) of
+# a block, 99 KiB on consumer cards; registers, 64 Ki of a multiprocessor, the float32 sums.
+FORWARD_TILES = {64: Tile(128, 64, 4, 3), 128: Tile(128, 64, 8, 3), 256: Tile(64, 32, 8, 2)}
+BACKWARD_TILES = {64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 8, 2), 256: Tile(32, 32, 8, 2)}
 
 
 class Visits(NamedTuple):
@@ -76,7 +77,15 @@ class Shared(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """What is known of a call while tracing; `group` query heads share a key head."""
+    """What is known of a call while tracing.
+
+    Attributes:
+        b, t, s, n, h: sizes, not rounded up.
+        group: query heads per key head.
+        tile: sizes of the blocks.
+        scale, softcap, softmax_dtype: see `flash.Operands`.
+        unit: how many of the kernels' logits are a natural one.
+    """
 
     b: int
     t: int
@@ -96,17 +105,8 @@ class Call:
         return pl.cdiv(self.t, self.tile.queries), pl.cdiv(self.s, self.tile.keys)
 
     def exp(self, x: jax.Array) -> jax.Array:
-        """The exponential of logits in the kernel's unit, of which `unit` are a natural one."""
+        """The exponential of the kernels' logits."""
         return jnp.exp(x) if self.unit == 1 else jnp.exp2(x)
-
-
-def attend(operands: Operands) -> tuple[jax.Array, jax.Array]:
-    """Output [B, T, N, H] and log-sum-exp float32 [B, T, N]; see `ops.attention`.
-
-    Raises:
-        NotImplementedError: the head size is over 256.
-    """
-    return flash.attend(PASSES, operands)
 
 
 def forward(
@@ -161,7 +161,7 @@ def backward(
     return found["dq"], found["dk"], found["dv"]
 
 
-PASSES = flash.Passes(forward, backward)
+attend = functools.partial(flash.attend, flash.Passes(forward, backward))
 
 
 def _seen(operands: Operands, call: Call) -> tuple[Any, Any]:
@@ -187,13 +187,26 @@ def _describe(operands: Operands, tile: Tile | None, tiles: dict[int, Tile]) -> 
     s, heads = operands.k.shape[1:3]
     if h > 256:
         raise NotImplementedError(f"head size {h} is over 256: k and v exceed shared memory")
-    tile = tiles[max(64, pl.next_power_of_2(h))] if tile is None else tile
+    if tile is None:
+        tile = tiles[max(64, pl.next_power_of_2(h))]
+        dtypes = operands.q.dtype, jnp.dtype(operands.softmax_dtype)
+        if max(dtype.itemsize for dtype in dtypes) > 2:
+            tile = Tile(tile.queries // 2, tile.keys // 2, 8, 2)
     rows = min(tile.queries, max(16, pl.next_power_of_2(t)))
     cols = min(tile.keys, max(16, pl.next_power_of_2(s)))
-    tile = tile._replace(queries=rows, keys=cols)
-    settings = operands.scale, operands.softcap, operands.softmax_dtype
-    unit = LOG2E if operands.alibi is None else 1.0
-    return Call(b, t, s, n, h, n // heads, tile, *settings, unit)
+    return Call(
+        b=b,
+        t=t,
+        s=s,
+        n=n,
+        h=h,
+        group=n // heads,
+        tile=tile._replace(queries=rows, keys=cols),
+        scale=operands.scale,
+        softcap=operands.softcap,
+        softmax_dtype=operands.softmax_dtype,
+        unit=LOG2E if operands.alibi is None else 1.0,
+    )
 
 
 def _shared(operands: Operands, some: Any, every: Any) -> Shared:
