@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 
 from jaxtune import ops
-from jaxtune.ops.attention import Mask
+from jaxtune.ops.attention import Columns, Mask, attention_with_lse, make_operands, xla
+from jaxtune.ops.attention.mask import MASKED
 from tests import tolerances
+from tests.ops import attention_cases
 from tests.oracle import difference
 
 
@@ -57,33 +59,37 @@ def test_values_are_those_of_the_formula(implementation: str, examples: int):
     assert difference(y, plain(q, k, v, (segments, segments))) <= tolerances.OPS
 
 
-# Blocks are of 128 rows, or of a sixteenth of the row where that is longer.
-@pytest.mark.parametrize(
-    ("b", "t", "n", "k", "h", "examples"),
-    [
-        (2, 1, 4, 4, 8, 0),
-        (3, 100, 4, 4, 8, 2),
-        (2, 128, 6, 2, 16, 4),
-        (1, 300, 6, 3, 12, 0),
-        (2, 300, 4, 1, 8, 5),
-        (1, 2063, 2, 1, 4, 7),
-    ],
-)
-def test_blocks_equal_the_reference(b: int, t: int, n: int, k: int, h: int, examples: int):
-    q, key, v, segments = random_case(t, b, t, n, k, h, examples)
-    dy = np.random.default_rng(9).normal(size=q.shape).astype(np.float32)
+@pytest.mark.parametrize("seed", range(24))
+def test_blocks_equal_the_reference(seed: int):
+    for case in attention_cases.cases(1, first=seed):
+        attention_cases.check(xla.attend, case, tolerances.OPS)
 
-    def run(implementation: str) -> Any:
-        def attend(q: Any, k: Any, v: Any) -> Any:
-            return ops.attention(q, k, v, mask=packed(segments), implementation=implementation)
 
-        y, pullback = jax.vjp(attend, q, key, v)
-        return y, *pullback(dy)
+@pytest.mark.parametrize("seed", range(24, 32))
+def test_blocks_equal_the_reference_in_bfloat16(seed: int):
+    for case in attention_cases.cases(1, dtype=jnp.bfloat16, first=seed):
+        attention_cases.check(xla.attend, case, tolerances.OPS_BFLOAT16)
 
-    expected = jax.jit(run, static_argnums=0)("reference")
-    got = jax.jit(run, static_argnums=0)("xla")
-    for name, array, oracle in zip(("y", "dq", "dk", "dv"), got, expected, strict=True):
-        assert difference(array, oracle) <= 5 * tolerances.OPS, name
+
+@pytest.mark.slow
+@pytest.mark.parametrize("heads", [(8, 16, 24), (64, 80, 128, 256)], ids=["small", "real"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_many_random_cases_equal_the_reference(dtype: str, heads: tuple[int, ...]):
+    tolerance = tolerances.OPS if dtype == "float32" else tolerances.OPS_BFLOAT16
+    for case in attention_cases.cases(200, dtype=dtype, heads=heads, first=1000):
+        attention_cases.check(xla.attend, case, tolerance)
+
+
+def test_a_long_row_equals_the_reference():
+    q, k, v, segments = random_case(4, 1, 2063, 2, 1, 4, 7)
+    case = attention_cases.Case(
+        seed=4,
+        features=frozenset(),
+        operands=make_operands(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), packed(segments)),
+        dy=q[:, ::-1],
+        dlse=q[..., 0],
+    )
+    attention_cases.check(xla.attend, case, tolerances.OPS)
 
 
 def test_bfloat16_keeps_its_dtype_and_is_close():
@@ -104,16 +110,16 @@ def test_bfloat16_keeps_its_dtype_and_is_close():
         assert difference(array, right) <= tolerances.OPS_BFLOAT16
 
 
-def test_queries_after_a_cache():
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_queries_after_a_cache(implementation: str):
     q, k, v, segments = random_case(2, 2, 20, 4, 2, 8, 2)
     whole = plain(q, k, v, (segments, segments))
     mask = packed(segments[:, 15:], segments)
-    y = ops.attention(
-        q[:, 15:], k, v, mask=mask, query_offset=jnp.int32(15), implementation="reference"
-    )
-    assert difference(y, whole[:, 15:]) <= tolerances.OPS
-    with pytest.raises(NotImplementedError, match="same tokens"):
-        ops.attention(q[:, 15:], k, v, mask=mask, query_offset=15, implementation="xla")
+    for offset in (15, jnp.int32(15)):
+        y = ops.attention(
+            q[:, 15:], k, v, mask=mask, query_offset=offset, implementation=implementation
+        )
+        assert difference(y, whole[:, 15:]) <= tolerances.OPS
 
 
 def test_large_scores_do_not_overflow():
@@ -125,3 +131,97 @@ def test_large_scores_do_not_overflow():
 
         value, gradient = jax.jit(jax.value_and_grad(total))(q * 1e4)
         assert np.isfinite(value) and np.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_a_query_that_sees_nothing_gets_and_gives_nothing(implementation: str):
+    q, k, v, _ = random_case(5, 1, 6, 2, 1, 4, 0)
+    segments = np.array([[1, 1, 2, 1, 1, 1]], np.int32)
+    mask = packed(segments, np.ones_like(segments))
+
+    def call(q: Any, k: Any, v: Any) -> Any:
+        return attention_with_lse(q, k, v, mask=mask, implementation=implementation)
+
+    @jax.jit
+    def run(q: Any, k: Any, v: Any) -> Any:
+        (y, lse), pullback = jax.vjp(call, q, k, v)
+        only = jnp.zeros_like(y).at[0, 2].set(1)
+        return y, lse, pullback((only, only[..., 0]))
+
+    y, lse, gradients = run(q, k, v)
+    assert (y[0, 2] == 0).all() and (lse[0, 2] == MASKED).all()
+    for gradient in gradients:
+        assert (gradient == 0).all()
+
+
+def test_tiles_that_the_mask_empties_are_skipped():
+    """A hidden key that is not a number is not even multiplied if its whole tile is skipped."""
+    t = 512
+    q, k, v, _ = random_case(6, 1, t, 2, 1, 8, 0)
+    ids = np.repeat(np.arange(1, 5, dtype=np.int32), 128)[None]
+    masks = {
+        "segments": packed(ids),
+        "columns": Mask(columns=Columns(lts=jnp.asarray(ids * 128))),
+        "window": Mask(window=128),
+    }
+    k[:, :128] = np.nan
+    for name, mask in masks.items():
+
+        @jax.jit
+        def run(q: Any, k: Any, v: Any, mask: Mask = mask) -> Any:
+            y, pullback = jax.vjp(lambda q, k, v: ops.attention(q, k, v, mask=mask), q, k, v)
+            return y, *pullback(jnp.ones_like(y).at[:, :256].set(0))
+
+        y, _, _, dv = run(q, k, v)
+        assert np.isfinite(y[:, 256:]).all() and np.isfinite(dv[:, 256:]).all(), name
+        assert np.isnan(y[:, :128]).all(), name
+
+
+def test_memory_grows_with_the_length_not_its_square():
+    def temporary(t: int, implementation: str) -> int:
+        q, k = (jax.ShapeDtypeStruct((1, t, n, 64), jnp.float32) for n in (4, 2))
+        ids = jax.ShapeDtypeStruct((1, t), jnp.int32)
+
+        def gradients(q: Any, k: Any, ids: Any) -> Any:
+            def call(q: Any, k: Any, v: Any) -> Any:
+                return ops.attention(q, k, v, mask=packed(ids), implementation=implementation)
+
+            return jax.vjp(call, q, k, k)[1](q)
+
+        analysis = jax.jit(gradients).lower(q, k, ids).compile().memory_analysis()
+        assert analysis is not None
+        return analysis.temp_size_in_bytes
+
+    assert temporary(8192, "xla") < 4.2 * temporary(2048, "xla")
+    assert temporary(2048, "xla") < 0.06 * temporary(2048, "reference")
+
+
+def test_a_policy_that_saves_the_name_spares_the_forward_pass():
+    q, k, v, _ = random_case(7, 1, 32, 2, 2, 8, 0)
+
+    def loops(policy: Any) -> int:
+        call = jax.checkpoint(lambda q: jnp.sin(ops.attention(q, k, v)), policy=policy)
+        gradient = jax.value_and_grad(lambda q: call(q).sum())
+        return jax.jit(gradient).lower(jnp.asarray(q)).as_text().count("stablehlo.while")
+
+    policies = jax.checkpoint_policies
+    assert loops(policies.save_only_these_names("attention")) == 2  # forward, backward
+    assert loops(policies.nothing_saveable) == 3
+
+
+def test_what_does_not_fit_is_refused():
+    q, k, v, segments = random_case(8, 2, 8, 4, 2, 8, 2)
+    with pytest.raises(ValueError, match="do not fit"):
+        ops.attention(q, k[..., :4], v)
+    with pytest.raises(ValueError, match="both queries and keys"):
+        ops.attention(q, k, v, mask=Mask(query_segments=segments))
+    with pytest.raises(ValueError, match="columns.lts"):
+        ops.attention(q, k, v, mask=Mask(columns=Columns(lts=segments[:, 1:])))
+    with pytest.raises(ValueError, match="lte needs lts"):
+        ops.attention(q, k, v, mask=Mask(columns=Columns(lte=segments)))
+    with pytest.raises(ValueError, match="window 0"):
+        ops.attention(q, k, v, mask=Mask(window=0))
+    with pytest.raises(ValueError, match="sinks"):
+        ops.attention(q, k, v, sinks=jnp.zeros(2))
+    with pytest.raises(ValueError, match="there are reference, xla"):
+        ops.attention(q, k, v, implementation="flash")

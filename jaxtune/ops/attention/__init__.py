@@ -1,15 +1,15 @@
 """Attention: one function, several implementations.
 
-`reference` is dense and float32, the oracle of the tests; `xla` works in blocks, skips those that
-the mask empties, and saves only the inputs, the output and the log-sum-exp. Decoding has a function
-of its own, `cached.py`, because the cache is a second set of keys.
+`reference` is dense and float32, the oracle of the tests. `xla`, `pallas_tpu` and `pallas_gpu` work
+in blocks, skip those that the mask empties, and save only the inputs, the output and the
+log-sum-exp. `splash` and `cudnn` are libraries' kernels, for the calls that they can answer.
+Decoding has a function of its own, `cached.py`, because the cache is a second set of keys.
 
 An implementation is a module with a function `attend(operands) -> (y, lse)`, imported when it is
 first asked for. Those of our own give `flash.py` their forward and backward pass.
 """
 
 import importlib
-from types import MappingProxyType
 from typing import TypedDict, Unpack
 
 import jax
@@ -31,8 +31,8 @@ __all__ = [
 
 CAUSAL = Mask()
 
-# Name -> module of this folder.
-IMPLEMENTATIONS = MappingProxyType({"reference": "reference", "xla": "xla"})
+# Each is the module of this folder that bears its name.
+IMPLEMENTATIONS = ("reference", "xla", "pallas_tpu", "pallas_gpu", "splash", "cudnn")
 
 
 class Extras(TypedDict, total=False):
@@ -84,7 +84,7 @@ def attention(
         [B, T, N, H] in q's dtype.
 
     Raises:
-        ValueError: shapes do not fit.
+        ValueError: shapes do not fit, or there is no such implementation.
         NotImplementedError: the implementation lacks what is asked for.
     """
     return _attend(implementation, make_operands(q, k, v, mask, **extras))[0]
@@ -173,5 +173,7 @@ def _check(mask: Mask, queries: tuple[int, int], keys: tuple[int, int]) -> None:
 
 
 def _attend(implementation: str, operands: Operands) -> tuple[jax.Array, jax.Array | None]:
-    module = importlib.import_module(f"{__name__}.{IMPLEMENTATIONS[implementation]}")
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"attention {implementation!r}: there are {', '.join(IMPLEMENTATIONS)}")
+    module = importlib.import_module(f"{__name__}.{implementation}")
     return module.attend(operands)

@@ -81,6 +81,32 @@ class Passes:
     ]
 
 
+def refuse(implementation: str, operands: Operands, *features: str) -> None:
+    """Raises NotImplementedError if a call has one of the features that an implementation lacks.
+
+    Args:
+        implementation: its name, for the message.
+        operands: the call.
+        features: of "window", "prefix", "segments", "columns", "softcap", "sinks", "alibi",
+            "query_offset" and "lengths" (other keys than the queries' tokens).
+    """
+    mask, offset = operands.mask, operands.query_offset
+    has = {
+        "window": mask.window is not None,
+        "prefix": mask.prefix > 0,
+        "segments": mask.query_segments is not None,
+        "columns": mask.columns is not None,
+        "softcap": operands.softcap is not None,
+        "sinks": operands.sinks is not None,
+        "alibi": operands.alibi is not None,
+        "query_offset": not isinstance(offset, int) or offset != 0,
+        "lengths": operands.q.shape[1] != operands.k.shape[1],
+    }
+    found = [feature for feature in features if has[feature]]
+    if found:
+        raise NotImplementedError(f"{implementation} attention does not support {', '.join(found)}")
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def attend(passes: Passes, operands: Operands) -> tuple[jax.Array, jax.Array]:
     """Output [B, T, N, H] and log-sum-exp float32 [B, T, N], differentiable in q, k, v and sinks.
