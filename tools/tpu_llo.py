@@ -267,12 +267,12 @@ def kernel_seconds(folder: Path, chip_name: str, flops: Mapping[str, float]) -> 
         for entry in path.read_text().split("key:")[1:]:
             key, *lines = entry.splitlines()
             same[key] = [line.strip() for line in lines if line.startswith("  ")]
-    seconds: dict[str, float] = {}
+    seconds = {}
     for name, files in dumped(folder):
         program = read_program(files, chip)
         trips, bodies = program["trips"], sorted(body.bundles for body in program["bodies"])
         executed = executed_bodies(program, flops[name], chip) if flops.get(name) else trips
         cycles = trips * program["base"].bundles + executed * bodies[-1]
         cycles += (trips - executed) * (sum(bodies[:-1]) + sum(program["idle"]))
-        seconds |= dict.fromkeys([name, *same.get(name, ())], cycles / chip.clock)
+        seconds |= {call: cycles / chip.clock for call in (name, *same.get(name, ()))}
     return seconds
