@@ -7,8 +7,8 @@ quantized weight is saved for the backward pass as it is, in codes and scales, a
 and the products that make an adapter's gradients contract over the last axis of a small left
 operand (a left operand contracted over its leading axis has no fast kernel on CPU).
 
-An implementation is a module with two functions: `forward` (x W + u v) and `transposed`
-(g W^T + u v). A dense weight is always XLA's.
+An implementation is a module with two functions: `forward` (x W + u^T v) and `transposed`
+(g W^T + u^T v), where u^T v is what an adapter adds. A dense weight is always XLA's.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 
 from jaxtune.ops.matmul import xla
-from jaxtune.ops.matmul.xla import Pair, dot
+from jaxtune.ops.matmul.xla import Pair, dot, stay_transposed
 from jaxtune.quant import QArray
 
 __all__ = ["IMPLEMENTATIONS", "adapted_matmul", "dot", "matmul"]
@@ -97,10 +97,18 @@ _matmul.defvjp(_matmul_forward, _matmul_backward, symbolic_zeros=True)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _adapted(implementation: str, x: jax.Array, w: Weight, a: jax.Array, b: jax.Array) -> jax.Array:
+    return _adapted_product(implementation, x, w, a, b)[0]
+
+
+def _adapted_product(
+    implementation: str, x: jax.Array, w: Weight, a: jax.Array, b: jax.Array
+) -> tuple[jax.Array, jax.Array | None]:
+    """The product and x a [R, ...], if that was needed."""
     a, b = a.astype(x.dtype), b.astype(x.dtype)
     if _merges(implementation, x, w):
-        return dot(x, xla.dense(w, x.dtype) + a @ b, x.dtype)
-    return _forward(implementation, x, w, (dot(x, a, x.dtype), b))
+        return dot(x, xla.dense(w, x.dtype) + a @ b, x.dtype), None
+    xa = _thin(stay_transposed(a.T), x)
+    return _forward(implementation, x, w, (xa, b)), xa
 
 
 def _adapted_forward(
@@ -110,28 +118,24 @@ def _adapted_forward(
     if learns:
         raise NotImplementedError("the base weight of an adapted product has no gradient")
     operands = (x.value, values, a.value, b.value)
-    return _adapted(implementation, *operands), operands
+    y, xa = _adapted_product(implementation, *operands)
+    return y, (*operands, xa)
 
 
 def _adapted_backward(implementation: str, saved: tuple, g: jax.Array | SymbolicZero) -> tuple:
-    x, w, a_master, b_master = saved
+    x, w, a_master, b_master, xa = saved
     g = _materialize(g)
     a, b = a_master.astype(x.dtype), b_master.astype(x.dtype)
+    gb = _thin(b, g)
     if _merges(implementation, x, w):
         dx = dot(g, (xla.dense(w, x.dtype) + a @ b).T, g.dtype)
     else:
-        dx = _transposed(implementation, g, w, (dot(g, b.T, g.dtype), a.T))
-    x, g = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
-    gb = jnp.einsum("rf,mf->rm", b, g, preferred_element_type=jnp.float32).astype(g.dtype)
-    # The barriers keep XLA from folding the small transposes into the products, which would turn
-    # them into the slow form.
-    a_transposed = jax.lax.optimization_barrier(a.T)
-    xa = jnp.einsum("rd,md->rm", a_transposed, x, preferred_element_type=jnp.float32)
-    xa = xa.astype(x.dtype)
-    da = jnp.einsum("rm,md->rd", gb, x, preferred_element_type=jnp.float32)
-    da = jax.lax.optimization_barrier(da).T
-    db = jnp.einsum("rm,mf->rf", xa, g, preferred_element_type=jnp.float32)
-    return dx, None, da.astype(a_master.dtype), db.astype(b_master.dtype)
+        dx = _transposed(implementation, g, w, (gb, a.T))
+    if xa is None:
+        xa = _thin(stay_transposed(a.T), x)
+    da = jnp.tensordot(gb, x, x.ndim - 1, preferred_element_type=jnp.float32)
+    db = jnp.tensordot(xa, g, x.ndim - 1, preferred_element_type=jnp.float32)
+    return dx, None, stay_transposed(da).T.astype(a_master.dtype), db.astype(b_master.dtype)
 
 
 _adapted.defvjp(_adapted_forward, _adapted_backward, symbolic_zeros=True)
@@ -156,6 +160,11 @@ def _transposed(implementation: str, g: jax.Array, w: Weight, low: Pair | None =
 def _module(implementation: str, w: Weight) -> ModuleType:
     name = IMPLEMENTATIONS[implementation]
     return importlib.import_module(f"{__name__}.{name}") if isinstance(w, QArray) else xla
+
+
+def _thin(small: jax.Array, x: jax.Array) -> jax.Array:
+    """small [R, D], x [..., D] -> [R, ...] in x's dtype: few rows, so that lanes are full."""
+    return jnp.tensordot(small, x, (1, -1), preferred_element_type=jnp.float32).astype(x.dtype)
 
 
 def _merges(implementation: str, x: jax.Array, w: Weight) -> bool:

@@ -1,13 +1,13 @@
 """Products with a quantized weight on TPU: tiles are decoded in VMEM, nowhere is it ever dense.
 
-    forward     y  = x W + u v        x [..., D], W [D, F]
-    transposed  dx = g W^T + u v      g [..., F]
+    forward     y  = x W + u^T v        x [..., D], W [D, F]
+    transposed  dx = g W^T + u^T v      g [..., F]
 
 One kernel does both. Its grid runs over (rows of x, columns of the result, tiles of the summed
 axis), and a tile of W is decoded once for up to 2048 rows of x, so that decoding is a small part of
 the work. It is hidden, too: grid step k decodes tile k into one half of a buffer while the matrix
 unit multiplies with tile k - 1 in the other half. Step 0 has nothing to multiply yet; it starts the
-float32 sums with the low-rank product u v of an adapter instead.
+float32 sums with the low-rank product u^T v of an adapter instead.
 
 A code is looked up by a gather within a vector register, which the permute unit does while the
 vector unit is free for scaling: a tree of selects takes 15 vector operations for each code and
@@ -40,7 +40,7 @@ VMEM = 15 * 2**20  # what a kernel may use on every TPU without asking for more 
 
 
 def forward(x: jax.Array, w: QArray, low: Pair | None, *, interpret: Any = False) -> jax.Array:
-    """x [..., D] W + u v: [..., F] in x's dtype, for low = (u [..., R], v [R, F]).
+    """x [..., D] W + u^T v: [..., F] in x's dtype, for low = (u [R, ...], v [R, F]).
 
     Args:
         x: float32 or bfloat16; W is decoded to the same dtype, sums are float32.
@@ -55,7 +55,7 @@ def forward(x: jax.Array, w: QArray, low: Pair | None, *, interpret: Any = False
 
 
 def transposed(g: jax.Array, w: QArray, low: Pair | None, *, interpret: Any = False) -> jax.Array:
-    """g [..., F] W^T + u v: [..., D] in g's dtype, for low = (u [..., R], v [R, D]).
+    """g [..., F] W^T + u^T v: [..., D] in g's dtype, for low = (u [R, ...], v [R, D]).
 
     Arguments and errors are those of `forward`.
     """
@@ -64,7 +64,7 @@ def transposed(g: jax.Array, w: QArray, low: Pair | None, *, interpret: Any = Fa
 
 @dataclass(frozen=True)
 class _Plan:
-    """One product, [m, contracted] x [contracted, columns] + [m, rank] x [rank, columns].
+    """One product, [m, contracted] x [contracted, columns] + [rank, m]^T x [rank, columns].
 
     Attributes:
         transposed: whether W is read as W^T: rows of its tiles are then columns of the result.
@@ -98,10 +98,10 @@ class _Plan:
 
     @property
     def bm(self) -> int:
-        """Size of a block of m: all of it, or whole registers of 16-bit numbers in each chunk."""
+        """Size of a block of m: all of it, or chunks that fill registers as rows and as lanes."""
         if self.blocks == self.chunks == 1:
             return self.m
-        return self.chunks * _round_up(pl.cdiv(self.m, self.blocks * self.chunks), 2 * SUBLANES)
+        return self.chunks * _round_up(pl.cdiv(self.m, self.blocks * self.chunks), LANES)
 
     @property
     def steps(self) -> int:
@@ -140,8 +140,8 @@ class _Plan:
         """Bytes of VMEM: blocks have two buffers, numbers in lanes are padded to registers."""
         rows, columns = self.tile
         size = self.dtype.itemsize
-        low = bool(self.rank) * _round_up(self.rank, LANES)
-        windows = self.bm * (self.bk + self.bn + low) * size + low * self.bn * size
+        low = _round_up(self.rank, 2 * SUBLANES)
+        windows = (self.bm * (self.bk + self.bn) + low * (self.bm + self.bn)) * size
         windows += rows * columns // (1 + self.packed)
         windows += 4 * _round_up(self.scale_rows, SUBLANES) * columns * (1 + self.has_zero)
         return 2 * windows + 4 * self.bm * self.bn + 2 * rows * columns * size
@@ -161,7 +161,7 @@ def _product(
         book = np.pad(BOOKS[w.format], (0, LANES - 16))
         operands["book"] = jnp.asarray(np.tile(book, (SUBLANES, 1)))
     if low is not None:
-        operands["u"], operands["v"] = low[0].reshape(-1, low[0].shape[-1]), low[1]
+        operands["u"], operands["v"] = low[0].reshape(low[0].shape[0], -1), low[1]
     columns = w.shape[0 if transposed else 1]
     plan = _Plan(
         transposed=transposed,
@@ -228,7 +228,7 @@ def _call(plan: _Plan, operands: dict[str, Any], interpret: Any) -> jax.Array:
         "scale": scale_spec,
         "zero": scale_spec,
         "book": pl.BlockSpec((SUBLANES, LANES), lambda i, j, k: (0, 0)),
-        "u": pl.BlockSpec((plan.bm, plan.rank), lambda i, j, k: (i, 0)),
+        "u": pl.BlockSpec((plan.rank, plan.bm), lambda i, j, k: (0, i)),
         "v": pl.BlockSpec((plan.rank, plan.bn), lambda i, j, k: (0, j)),
     }
     grid = (pl.cdiv(plan.m, plan.bm), pl.cdiv(plan.columns, plan.bn), plan.steps + 1)
@@ -280,8 +280,12 @@ def _kernel(refs: dict[str, Any], out: Any, sums: Any, tiles: Any, *, plan: _Pla
 
     def start(rows: Any) -> None:
         if "u" in refs:
-            u, v = refs["u"][rows, :], refs["v"][...]
-            sums[rows, :] = jnp.dot(u, v, preferred_element_type=jnp.float32)
+            sums[rows, :] = jax.lax.dot_general(
+                refs["u"][:, rows],
+                refs["v"][...],
+                (((0,), (0,)), ((), ())),
+                preferred_element_type=jnp.float32,
+            )
         else:
             sums[rows, :] = jnp.zeros((size, plan.bn), jnp.float32)
 
