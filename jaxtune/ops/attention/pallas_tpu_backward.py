@@ -11,7 +11,7 @@ each query is a row that broadcasts over sublanes, and only the product for dq h
 operand.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,11 +25,23 @@ from jaxtune.ops.attention.mask import MASKED
 from jaxtune.ops.attention.pallas_tpu_scores import Operand, Refs, Sizes
 
 
+class Held(NamedTuple):
+    """What the backward kernel holds in VMEM.
+
+    Attributes:
+        keys: so many, a multiple of a block, have their gradients held at a time.
+        vmem_limit: bytes that the compiler may use; None: its default.
+    """
+
+    keys: int
+    vmem_limit: int | None = None
+
+
 def backward(
     operands: Operands,
     saved: tuple[jax.Array, jax.Array, jax.Array],
     sizes: Sizes,
-    span: int,
+    held: Held,
     interpret: common.Interpret,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """dq, dk and dv; see `pallas_tpu.backward`.
@@ -38,7 +50,7 @@ def backward(
         operands: those of the forward pass.
         saved: lse and delta, float32 [B, T, N], and dy [B, T, N, H].
         sizes: of the blocks.
-        span: keys whose gradients are held in VMEM, a multiple of `sizes.keys`.
+        held: in VMEM.
         interpret: see `pallas_tpu`.
     """
     lse, delta, dy = saved
@@ -56,12 +68,12 @@ def backward(
         "v": common.heads_first(operands.v, sizes.keys),
     }
     count = -(-s // sizes.keys)
-    per_span = max(span // sizes.keys, 1)
+    per_span = held.keys // sizes.keys
     spans = [range(i, min(i + per_span, count)) for i in range(0, count, per_span)]
     dq = jnp.zeros(rows["q"].shape, jnp.float32) if len(spans) > 1 else None
     parts = []
     for keys in spans:
-        dq, dk, dv = _span(operands, rows, dq, keys, sizes, interpret)
+        dq, dk, dv = _span(operands, rows, dq, keys, sizes, held.vmem_limit, interpret)
         parts.append((dk, dv))
     assert dq is not None
     dq = dq[:, :, :t].astype(operands.q.dtype)
@@ -75,6 +87,7 @@ def _span(
     dq: jax.Array | None,
     keys: range,
     sizes: Sizes,
+    vmem_limit: int | None,
     interpret: common.Interpret,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """dq so far (float32) or, if it is None, dq; dk and dv of the given blocks of keys."""
@@ -153,7 +166,8 @@ def _span(
             ),
             input_output_aliases={} if dq is None else {2 + len(call) - 1: 0},
             compiler_params=pltpu.CompilerParams(
-                dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary")
+                dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"),
+                vmem_limit_bytes=vmem_limit,
             ),
             cost_estimate=pl.CostEstimate(
                 flops=int(10 * pairs * h),
