@@ -1,16 +1,28 @@
+import dataclasses
 import functools
+import math
+import re
 from typing import Any
 
+import hypothesis
+import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from jax.extend.core import jaxprs_in_params
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxtune import ops
+from jaxtune.ops.cross_entropy import IMPLEMENTATIONS, Logits, Penalties, chunked, token_logprobs
+from jaxtune.sharding.mesh import make_mesh
 from tests import tolerances
+from tests.ops import cross_entropy_cases
 from tests.oracle import difference
+
+CASES = range(5)
+SLOW = [pytest.param(seed, marks=pytest.mark.slow) for seed in range(5, 220)]
 
 
 def random_case(seed: int, b: int, t: int, d: int, vocab: int, *, transposed: bool) -> tuple:
@@ -122,3 +134,195 @@ def test_bfloat16_is_close():
     assert difference(value, expected) <= 5e-3
     assert difference(dx, ex) <= tolerances.OPS_BFLOAT16
     assert difference(dw, ew) <= tolerances.OPS_BFLOAT16
+
+
+@pytest.mark.parametrize("seed", [*CASES, *SLOW])
+def test_random_cases(seed: int):
+    case = cross_entropy_cases.random_case(seed)
+    limit = tolerances.OPS if case.dtype == jnp.float32 else tolerances.OPS_BFLOAT16
+    for found in (cross_entropy_cases.differences, cross_entropy_cases.logprob_differences):
+        for name, value in found(case, "chunked").items():
+            if name != "correct" or case.dtype == jnp.float32:  # near ties change in bfloat16
+                assert value <= limit, (name, value)
+
+
+@pytest.mark.parametrize("implementation", ["chunked", "reference"])
+@pytest.mark.parametrize("seed", range(4))
+def test_loss_and_gradients_are_those_of_torch(seed: int, implementation: str):
+    import torch
+
+    case = dataclasses.replace(cross_entropy_cases.random_case(seed), dtype=jnp.float32)
+    x, w = (torch.tensor(a, requires_grad=True) for a in (case.x, case.w))
+    logits = case.logits.scale * (x @ (w.T if case.transposed else w))
+    if case.logits.softcap:
+        logits = case.logits.softcap * torch.tanh(logits / case.logits.softcap)
+    losses = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1),
+        torch.tensor(case.targets).long().flatten(),
+        label_smoothing=case.penalties.label_smoothing,
+        reduction="none",
+    )
+    losses = losses + case.penalties.z_loss * torch.logsumexp(logits, -1).flatten() ** 2
+    expected = (losses * torch.tensor(case.weights).flatten()).sum()
+    expected.backward()
+
+    def loss(x: Any, w: Any) -> Any:
+        return ops.cross_entropy(
+            x,
+            w,
+            case.targets,
+            case.weights,
+            transposed=case.transposed,
+            logits=case.logits,
+            penalties=case.penalties,
+            implementation=implementation,
+        )[0]
+
+    value, grads = jax.jit(jax.value_and_grad(loss, (0, 1)))(case.x, case.w)
+    assert difference(value, expected.item()) <= tolerances.OPS
+    for got, tensor in zip(grads, (x, w), strict=True):
+        assert tensor.grad is not None
+        assert difference(got, tensor.grad) <= tolerances.OPS
+
+
+@hypothesis.settings(deadline=None, max_examples=10)
+@hypothesis.given(st.integers(1, 40), st.integers(1, 50), st.data())
+def test_chunks_cover_the_rows_that_count(n: int, size: int, data: st.DataObject):
+    count = data.draw(st.integers(0, n))
+    rows = np.random.default_rng(n).integers(1, 100, (n, 3))
+    doubled, total = chunked.by_chunks(
+        lambda a: (2 * a, a.sum()), size, (jnp.asarray(rows),), jnp.int32(count)
+    )
+    done = min(n, math.ceil(count / min(size, n)) * min(size, n))
+    assert (doubled[:done] == 2 * rows[:done]).all() and not doubled[done:].any()
+    assert total == rows[:done].sum()
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_tokens_without_weight_cost_no_products(transposed: bool):
+    x, w, targets, weights = random_case(5, 4, 512, 8, 33, transposed=transposed)
+    weights[...] = 0
+    weights[1::2, ::7] = 1  # 148 tokens: one chunk of 512
+    targets[weights == 0] = -100
+    calls = []
+
+    def counted(x: Any, targets: Any, weights: Any, *rest: Any, **options: Any) -> Any:
+        jax.debug.callback(lambda: calls.append(1))
+        return original(x, targets, weights, *rest, **options)
+
+    original = chunked._chunk
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chunked, "_chunk", counted)
+        loss, _ = ops.cross_entropy(x, w, targets, weights, transposed=transposed)
+        jax.effects_barrier()
+    expected, _ = dense(x, w, np.maximum(targets, 0), weights, transposed=transposed)
+    assert len(calls) == 1 and difference(loss, expected) <= tolerances.OPS
+
+
+def collectives(text: str) -> list[tuple[str, str, str]]:
+    """(kind, shapes, where in the program) of every collective of a compiled program."""
+    found = []
+    for line in text.splitlines():
+        match = re.search(r"= (.*?) (all-\w+|reduce-scatter|collective-\w+)\(", line)
+        if match:
+            name = re.search(r'op_name="([^"]*)"', line)
+            found.append((match[2], match[1], name[1] if name else ""))
+    return found
+
+
+SHARDINGS = {  # of x [B, T, D] and of w, as (embed, vocab)
+    "all": ((("data", "fsdp"), None, None), ("fsdp", "tensor")),
+    "vocab only": ((None, None, None), (None, "tensor")),
+    "rows that do not divide": ((None, None, None), (("data", "fsdp"), "tensor")),
+    "rows and time": (("data", "fsdp", None), (None, "tensor")),
+}
+
+
+@pytest.mark.parametrize(
+    ("layout", "transposed"), [("all", True), *((layout, False) for layout in SHARDINGS)]
+)
+def test_sharded_is_the_same(layout: str, transposed: bool):
+    mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    of_x, of_w = SHARDINGS[layout]
+    of_w = of_w[::-1] if transposed else of_w
+    shardings = tuple(NamedSharding(mesh, PartitionSpec(*axes)) for axes in (of_x, of_w))
+    x, w, targets, weights = random_case(9, 4, 60, 16, 64, transposed=transposed)
+    weights[:2] = 0  # devices with different numbers of tokens to do
+    operands = [jax.device_put(a, s) for a, s in zip((x, w), shardings, strict=True)]
+    options = {"transposed": transposed, "logits": Logits(0.5, 4.0)}
+    penalties = Penalties(z_loss=1e-2, label_smoothing=0.1)
+
+    def both(x: Any, w: Any, shardings: Any) -> Any:
+        given = options | {"shardings": shardings}
+        loss, correct = ops.cross_entropy(x, w, targets, weights, penalties=penalties, **given)
+        logprobs = token_logprobs(x, w, targets, weights != 0, **given)
+        return loss + (logprobs * weights * targets).sum(), (correct, logprobs)
+
+    run = jax.jit(jax.value_and_grad(both, (0, 1), has_aux=True), static_argnums=2)
+    (value, aux), grads = run(x, w, None)
+    (sharded_value, sharded_aux), sharded_grads = run(*operands, shardings)
+    for got, sharding in zip(sharded_grads, shardings, strict=True):
+        assert got.sharding.is_equivalent_to(sharding, got.ndim)
+    expected, got = (value, aux, grads), (sharded_value, sharded_aux, sharded_grads)
+    for one, eight in zip(jax.tree.leaves(expected), jax.tree.leaves(got), strict=True):
+        assert difference(eight, one) <= tolerances.SHARDED
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_no_logits_travel_and_the_weight_is_gathered_once(transposed: bool):
+    mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    b, t, d, vocab = 8, 300, 16, 1024
+    of_x = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    axes = ("tensor", "fsdp") if transposed else ("fsdp", "tensor")
+    of_w = NamedSharding(mesh, PartitionSpec(*axes))
+    x = jax.ShapeDtypeStruct((b, t, d), jnp.float32, sharding=of_x)
+    w = jax.ShapeDtypeStruct((vocab, d) if transposed else (d, vocab), x.dtype, sharding=of_w)
+    targets = jax.ShapeDtypeStruct((b, t), jnp.int32, sharding=of_x)
+    weights = jax.ShapeDtypeStruct((b, t), jnp.float32, sharding=of_x)
+
+    def loss(x: Any, w: Any, targets: Any, weights: Any) -> Any:
+        given = {"transposed": transposed, "shardings": (of_x, of_w)}
+        return ops.cross_entropy(x, w, targets, weights, **given)[0]
+
+    program = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(x, w, targets, weights).compile()
+    text = program.as_text()
+    assert text
+    found = collectives(text)
+    gathers = [shapes for kind, shapes, _ in found if kind == "all-gather"]
+    (part,) = gathers  # the part of the vocabulary, once
+    assert part.startswith("f32[512,16]" if transposed else "f32[16,512]")
+    in_loop = [(kind, shapes) for kind, shapes, where in found if "while" in where]
+    assert in_loop and all(kind == "all-reduce" for kind, _ in in_loop)
+    sizes = {size for _, shapes in in_loop for size in re.findall(r"\[([\d,]*)\]", shapes)}
+    assert sizes == {"512"}  # numbers per token of a chunk
+
+
+def test_what_cannot_be_done_is_refused():
+    x, w, targets, weights = random_case(4, 2, 8, 8, 32, transposed=False)
+    mesh = make_mesh({"data": 1, "fsdp": 4, "tensor": 2})
+
+    def sharded(of_x: tuple, of_w: tuple, **options: Any) -> Any:
+        shardings = tuple(NamedSharding(mesh, PartitionSpec(*axes)) for axes in (of_x, of_w))
+        return ops.cross_entropy(
+            x, w, targets, weights, transposed=False, shardings=shardings, **options
+        )
+
+    with pytest.raises(ValueError, match="cannot work on x"):
+        sharded((None, None, "fsdp"), (None, "tensor"))
+    with pytest.raises(ValueError, match="cannot work on x"):
+        sharded(("tensor",), (None, "tensor"))
+    with pytest.raises(NotImplementedError, match="sharded vocabulary"):
+        sharded((None,), (None, "tensor"), implementation="reference")
+    with pytest.raises(NotImplementedError, match="not bfloat16"):
+        ops.cross_entropy(
+            x,
+            w,
+            targets,
+            weights,
+            transposed=False,
+            loss_dtype=jnp.bfloat16,
+            implementation="reference",
+        )
+    with pytest.raises(NotImplementedError, match="weights have no gradient"):
+        jax.grad(lambda v: ops.cross_entropy(x, w, targets, v, transposed=False)[0])(weights)
+    assert set(IMPLEMENTATIONS) == {"chunked", "pallas_tpu", "reference"}

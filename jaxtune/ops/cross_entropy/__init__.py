@@ -50,7 +50,7 @@ def cross_entropy(
         x: [B, T, D] hidden states.
         w: [D, V], or [V, D] if `transposed` (a tied embedding).
         targets: int32 [B, T].
-        weights: float32 [B, T]; tokens of weight 0 cost nothing, also if their loss is not finite.
+        weights: float32 [B, T]; tokens of weight 0 cost nothing, whatever their target.
         transposed: the layout of `w`.
         loss_dtype: dtype the logits are rounded to.
         logits: scale and soft cap of the logits.
@@ -116,7 +116,7 @@ def _cross_entropy(
     shardings: Shardings | None,
 ) -> tuple[jax.Array, jax.Array]:
     loss, correct, _, _ = run(module, x, w, targets, weights, form, shardings)
-    return _weighted(loss, weights), _weighted(correct, weights)
+    return (loss * weights).sum(), (correct * weights).sum()
 
 
 def _cross_entropy_forward(
@@ -133,7 +133,7 @@ def _cross_entropy_forward(
     values = (x.value, w.value, targets.value, weights.value)
     wanted = {"of_x": x.perturbed, "of_w": w.perturbed}
     loss, correct, dx, dw = run(module, *values, form, shardings, **wanted)
-    sums = (_weighted(loss, weights.value), _weighted(correct, weights.value))
+    sums = ((loss * weights.value).sum(), (correct * weights.value).sum())
     return sums, (dx, dw)
 
 
@@ -194,8 +194,3 @@ def _token_logprobs_backward(
 
 
 _token_logprobs.defvjp(_token_logprobs_forward, _token_logprobs_backward, symbolic_zeros=True)
-
-
-def _weighted(values: jax.Array, weights: jax.Array) -> jax.Array:
-    """Sum in which a weight of 0 counts as nothing, whatever the value."""
-    return jnp.where(weights != 0, values * weights, 0.0).sum()

@@ -11,7 +11,10 @@ import jax.numpy as jnp
 
 from jaxtune.ops.cross_entropy.form import Form, Parts
 
-CHUNK_LOGITS = 1 << 24  # 64 MiB in float32
+CHUNK_LOGITS = 1 << 24  # 64 MiB in float32: so many anyway,
+CHUNK_SHARE = (
+    32  # or a part of all tokens: reading the matrix must not take longer than the products
+)
 CHUNK_TOKENS = 512
 
 
@@ -39,7 +42,8 @@ def run(
         dw_dtype: dtype of dw; None: it is not wanted.
     """
     vocab = w.shape[0 if form.transposed else 1]
-    size = max(8, min(CHUNK_TOKENS, CHUNK_LOGITS // vocab) // 64 * 64)
+    size = max(64, CHUNK_LOGITS // vocab, x.shape[0] // CHUNK_SHARE)
+    size = min(CHUNK_TOKENS, size) // 64 * 64
 
     def chunk(x: jax.Array, targets: jax.Array, weights: jax.Array) -> tuple:
         losses, correct, dx, dw = _chunk(
@@ -111,9 +115,8 @@ def _chunk(
     vd = "vd" if form.transposed else "dv"
     smoothing, z_loss = form.penalties.label_smoothing, form.penalties.z_loss
     logits = form.to_logits(dot(f"td,{vd}->tv", x, w))
-    here = targets >= 0
-    index = jnp.maximum(targets, 0)
-    at_target = jnp.where(here, jnp.take_along_axis(logits, index[:, None], axis=-1)[:, 0], 0)
+    index = jnp.maximum(targets, 0)[:, None]
+    at_target = jnp.where(targets < 0, 0.0, jnp.take_along_axis(logits, index, axis=-1)[:, 0])
     top = logits.max(axis=-1)
     exps = jnp.exp(logits - top[:, None]).astype(x.dtype)
     total = exps.astype(jnp.float32).sum(axis=-1)
@@ -122,14 +125,9 @@ def _chunk(
     losses, correct = form.losses(sums), sums.at_target >= sums.top
     # d loss / d logits = of_exps * exps - of_target * one_hot - even
     of_exps = (weights * (1 + 2 * z_loss * sums.lse) * share / total)[:, None]
-    of_target = (weights * (1 - smoothing) * here)[:, None]
-    if not of_w and not smoothing and form.logits.softcap is None:
-        # Without another pass over the chunk's logits; the one_hot part is a row of w.
-        if not of_x:
-            return losses, correct, None, None
-        rows = w[index] if form.transposed else w[:, index].T
-        dx = (dot(f"tv,{vd}->td", exps, w) * of_exps - rows * of_target) * form.logits.scale
-        return losses, correct, dx.astype(x.dtype), None
+    of_target = (weights * (1 - smoothing))[:, None]
+    if not of_x and not of_w:
+        return losses, correct, None, None
     one_hot = jnp.arange(logits.shape[-1]) == targets[:, None]
     dlogits = exps.astype(jnp.float32) * of_exps - jnp.where(one_hot, of_target, 0.0)
     if smoothing:
