@@ -10,6 +10,10 @@ import pytest
 
 from jaxtune import quant
 
+# Compiled once for all weights of a shape.
+quantize = jax.jit(quant.quantize, static_argnames=("format", "double_quant"))
+dequantize = jax.jit(quant.dequantize, static_argnames="dtype")
+
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 
 

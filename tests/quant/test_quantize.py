@@ -11,14 +11,19 @@ import pytest
 
 from jaxtune import quant
 from jaxtune.checkpoint.source import open_checkpoint
-from tests.quant.oracle import DTYPES, as_kernel, blocks_of, codes_of, functional, random_weight
+from tests.quant.oracle import (
+    DTYPES,
+    as_kernel,
+    blocks_of,
+    codes_of,
+    dequantize,
+    functional,
+    quantize,
+    random_weight,
+)
 
 SHAPES = [(576, 192), (128, 7)]
 BOOKS = ["nf4", "fp4"]
-
-
-def quantized(kernel: jax.Array, format: str) -> quant.QArray:
-    return jax.jit(lambda kernel: quant.quantize(kernel, format))(kernel)
 
 
 def check_four_bits(weight: Any, format: str) -> None:
@@ -26,10 +31,10 @@ def check_four_bits(weight: Any, format: str) -> None:
     bnb = functional()
     packed, state = bnb.quantize_4bit(weight, blocksize=64, quant_type=format)
     kernel = as_kernel(weight)
-    q = quantized(kernel, format)
+    q = quantize(kernel, format)
     np.testing.assert_array_equal(quant.unpack(q.codes).T, codes_of(packed, weight.shape))
     np.testing.assert_array_equal(blocks_of(q.scale), state.absmax.numpy())
-    dense = jax.jit(lambda q: quant.dequantize(q, kernel.dtype))(q)
+    dense = dequantize(q, kernel.dtype)
     expected = bnb.dequantize_4bit(packed, state)
     np.testing.assert_array_equal(dense.astype(jnp.float32).T, expected.float().numpy())
 
@@ -38,11 +43,11 @@ def check_int8(weight: Any) -> None:
     """Codes identical; statistics and values to the last bit or two."""
     bnb = functional()
     codes, statistics, _ = bnb.int8_vectorwise_quant(weight)
-    q = quantized(as_kernel(weight), "int8")
+    q = quantize(as_kernel(weight), "int8")
     np.testing.assert_array_equal(q.codes.T, codes.numpy())
     np.testing.assert_allclose(blocks_of(q.scale) * 127, statistics.numpy(), rtol=3e-7)
     expected = bnb.int8_vectorwise_dequant(codes, statistics).numpy()
-    np.testing.assert_allclose(quant.dequantize(q, jnp.float32).T, expected, rtol=3e-7)
+    np.testing.assert_allclose(dequantize(q, jnp.float32).T, expected, rtol=3e-7)
 
 
 @pytest.mark.parametrize("format", BOOKS)
