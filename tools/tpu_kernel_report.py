@@ -126,7 +126,7 @@ def compile_case(name: str, chip_name: str) -> dict[str, Any]:
         "executed": dict(case.executed),
         "dense": case.dense,
         "cores": device.num_cores,
-        "flops": kernel_flops(text) | dict(case.flops),
+        "flops": dict(case.flops) or kernel_flops(text),
         "temp_bytes": memory.temp_size_in_bytes,
     }
 

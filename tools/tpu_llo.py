@@ -231,9 +231,10 @@ def dump_environment(folder: Path) -> dict[str, str]:
 
 
 def kernel_flops(text: str) -> dict[str, float]:
-    """The cost estimate of each Pallas kernel's call in a program, by its name."""
-    pattern = r'%([\w.\-]+) = .*"tpu_custom_call".*"cost_estimate":\{[^}]*"flops":"?([\d.e+]+)'
-    return {name: float(flops) for name, flops in re.findall(pattern, text)}
+    """FLOPs by the cost estimate (0: none) of each Pallas call in an HLO text, by its name."""
+    calls = re.findall(r'%([\w.\-]+) = (.*"tpu_custom_call".*)', text)
+    estimate = r'"cost_estimate":\{[^}]*"flops":"?([\d.e+]+)'
+    return {name: float((re.findall(estimate, rest) or [0])[0]) for name, rest in calls}
 
 
 def executed_bodies(program: dict[str, Any], flops: float, chip: Chip) -> int:
@@ -250,7 +251,7 @@ def executed_bodies(program: dict[str, Any], flops: float, chip: Chip) -> int:
 
 
 def kernel_seconds(folder: Path, chip_name: str, flops: Mapping[str, float]) -> dict[str, float]:
-    """Static time of every program in a dump, by HLO instruction.
+    """Static time of the kernels in a dump, by HLO instruction.
 
     A grid step costs its base and, as often as `flops` say, the longest body; in the other steps
     the shorter ones and the idle regions. Equal kernels are compiled once; the dump's
@@ -259,7 +260,7 @@ def kernel_seconds(folder: Path, chip_name: str, flops: Mapping[str, float]) -> 
     Args:
         folder: of the dump.
         chip_name: of CHIPS.
-        flops: of one call, by instruction; without it every step executes the longest body.
+        flops: of one call, by instruction; 0: every step executes the longest body.
     """
     chip = CHIPS[chip_name]
     same: dict[str, list[str]] = {}
@@ -269,6 +270,8 @@ def kernel_seconds(folder: Path, chip_name: str, flops: Mapping[str, float]) -> 
             same[key] = [line.strip() for line in lines if line.startswith("  ")]
     seconds = {}
     for name, files in dumped(folder):
+        if not flops.keys() & {name, *same.get(name, ())}:
+            continue
         program = read_program(files, chip)
         trips, bodies = program["trips"], sorted(body.bundles for body in program["bodies"])
         executed = executed_bodies(program, flops[name], chip) if flops.get(name) else trips
