@@ -8,6 +8,7 @@ Prints a JSON object a line. CPU times are CPU time of the process (all its thre
 several alternating runs; `ratio` is to the full logits.
 """
 
+import functools
 import json
 import os
 import sys
@@ -36,7 +37,7 @@ ON_CPU = ((4096, 256, 128256, 0), (2048, 256, 128256, 3), (2048, 576, 49152, 3))
 GRADIENTS = {"x": (0,), "x and w": (0, 1)}
 
 
-def full(x: Any, w: Any, targets: Any, weights: Any, transposed: bool) -> jax.Array:
+def full(x: Any, w: Any, targets: Any, weights: Any, *, transposed: bool) -> jax.Array:
     """The loss from the logits of all tokens."""
     spec = "btd,vd->btv" if transposed else "btd,dv->btv"
     logits = jnp.einsum(spec, x, w, preferred_element_type=jnp.float32)
@@ -52,7 +53,7 @@ def losses(names: tuple[str, ...], transposed: bool) -> dict[str, Callable]:
             *operands, transposed=transposed, implementation=name
         )[0]
 
-    found: dict[str, Callable] = {"full": lambda *operands: full(*operands, transposed)}
+    found: dict[str, Callable] = {"full": functools.partial(full, transposed=transposed)}
     return found | {name: ours(name) for name in names}
 
 
@@ -73,7 +74,8 @@ def compiled(function: Callable, argnums: tuple[int, ...], operands: tuple) -> A
 
 def on_tpu(chip: str) -> Iterator[dict]:
     """Llama-3.1-8B's head, 4096 tokens, bfloat16."""
-    device = topologies.get_topology_desc("tpu", TOPOLOGIES[chip]).devices[0]
+    name = TOPOLOGIES[chip]
+    device = topologies.get_topology_desc(platform="tpu", topology_name=name).devices[0]
     for transposed in (True, False):
         operands = shapes(4096, 4096, 128256, transposed, jnp.bfloat16, device)
         for label, argnums in GRADIENTS.items():
