@@ -60,8 +60,10 @@ def test_executed_bodies_follow_from_flops(load: Any):
     body, base = llo.Count(3, slots(3)), llo.Count(14, slots(0))
     program = {"capacity": (4,), "trips": 6, "base": base, "bodies": [body]}
     slot = chip.flops / chip.clock / 4
-    assert llo.executed_bodies(program, 5 * body.matrix * slot, chip) == 5
-    assert llo.executed_bodies(program, 50 * body.matrix * slot, chip) == 6
+    assert llo.steps(program, 5 * body.matrix * slot, chip) == (6, 5)
+    assert llo.steps(program, 50 * body.matrix * slot, chip) == (6, 6)
+    assert llo.steps(program, 0, chip) == (6, 6)
+    assert llo.steps(program | {"trips": 0}, 9 * body.matrix * slot, chip) == (9, 9)
 
 
 def test_utilization_and_vmem(load: Any):

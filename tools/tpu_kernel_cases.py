@@ -24,7 +24,7 @@ class Case:
         pallas: report Pallas kernels only, not XLA's own fusions.
         flops: by a part of the kernel's name, where it has no cost estimate.
         executed: steps of the grid that execute the body, likewise, where it is not all of them.
-        dense: executed bodies follow from the flops, as in a product without a mask.
+        dense: executed bodies follow from the flops.
     """
 
     function: Callable
@@ -173,7 +173,7 @@ def attention(
 
     args = [array(jnp.bfloat16, B, T, heads, H) for heads in (N, K, K)]
     function = jax.grad(loss, argnums=(0, 1, 2)) if backward else attend
-    return Case(function, (*args, array(jnp.int32, B, T)))
+    return Case(function, (*args, array(jnp.int32, B, T)), dense=True)
 
 
 CASES: Mapping[str, Callable[..., Case]] = {

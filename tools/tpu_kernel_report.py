@@ -32,19 +32,18 @@ from tpu_llo import (  # pyright: ignore[reportMissingImports]
     Chip,
     dump_environment,
     dumped,
-    executed_bodies,
     kernel_flops,
     read_program,
+    steps,
 )
 
 
 def lines_of(name: str, program: dict[str, Any], compiled: dict, chip: Chip) -> Iterator[dict]:
     """One record for each alternative of a kernel's grid step."""
-    base, trips = program["base"], program["trips"]
+    base = program["base"]
     flops = next((n for part, n in compiled["flops"].items() if part in name), 0)
-    executed = next((n for part, n in compiled["executed"].items() if part in name), trips)
-    if compiled["dense"]:
-        executed = executed_bodies(program, flops, chip)
+    trips, executed = steps(program, flops if compiled["dense"] else 0, chip)
+    executed = next((n for part, n in compiled["executed"].items() if part in name), executed)
     for body in program["bodies"]:
         total = base + body
         used = zip(SLOTS, total.slots, program["capacity"], strict=True)

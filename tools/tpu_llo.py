@@ -7,9 +7,9 @@ Under `dump_environment` libtpu leaves files for each program; three of them are
     pre-finalize-..-allocations   VMEM: windows (both buffers), scratch and the compiler's own
 
 How a grid step is counted. The grid is one loop of the program, with two trips more than steps that
-fill and drain its pipeline; trips of every loop are read from its exit test. What `pl.when` and
-`lax.cond` guard is a region that a forward branch skips, and how often it runs is not in the
-program:
+fill and drain its pipeline; trips of every loop are read from its exit test (0: that is no
+constant). What `pl.when` and `lax.cond` guard is a region that a forward branch skips, and how
+often it runs is not in the program:
 
     base    bundles of every grid step: outside such regions, and those of regions around other ones
             with matrix work; inner loops times their trips
@@ -136,6 +136,11 @@ class Span:
         """The regions directly inside."""
         return [span for span in self.inside if span.trips is None]
 
+    def outer_loops(self) -> "list[Span]":
+        """The loops inside that are in no other loop inside."""
+        regions = (loop for span in self.regions() for loop in span.outer_loops())
+        return [*(span for span in self.inside if span.trips is not None), *regions]
+
     def split(self) -> tuple[Count, list[Count], list[int]]:
         """(base, bodies, bundles of idle regions), as the module's docstring defines them."""
         base, bodies, idle = self.own + self.loops(), [], []
@@ -197,13 +202,13 @@ def read_program(files: dict[str, Path], chip: Chip) -> dict[str, Any]:
     """What one kernel's three dumps say about its grid loop."""
     capacity, rows = utilization(files["pre-delay_hlo-static-per-bundle-utilization"].read_text())
     whole = spans(files["packed-bundles-post-ra"].read_text(), rows, chip.delay_slots)
-    loops = [span for span in whole.inside if span.trips is not None]
+    loops = whole.outer_loops()
     grid = max(loops, key=lambda loop: loop.hot().matrix * max(loop.trips or 1, 1), default=whole)
     base, bodies, idle = grid.split()
     return {
         "capacity": capacity,
         "vmem": vmem_bytes(files["pre-finalize-registers-and-allocations"].read_text()),
-        "trips": grid.trips or 1,
+        "trips": 1 if grid is whole else grid.trips,
         "base": base,
         "bodies": bodies + [Count()] * bool(base.matrix or not bodies),
         "idle": idle,
@@ -237,17 +242,20 @@ def kernel_flops(text: str) -> dict[str, float]:
     return {name: float((re.findall(estimate, rest) or [0])[0]) for name, rest in calls}
 
 
-def executed_bodies(program: dict[str, Any], flops: float, chip: Chip) -> int:
-    """Grid steps that execute the longest body, from the kernel's FLOPs, at most all.
+def steps(program: dict[str, Any], flops: float, chip: Chip) -> tuple[int, int]:
+    """Trips of a kernel's grid, and how many of them execute the longest body, from its FLOPs.
 
-    Right where every matrix-unit slot does full work: on v6e a product that contracts over 128, as
-    attention's with heads of 128, uses half of one.
+    A grid whose length is only known when it runs has as many trips as bodies. Right where every
+    matrix-unit slot does full work: on v6e a product that contracts over 128, as attention's with
+    heads of 128, uses half of one.
     """
-    per_slot = chip.flops / chip.cores / chip.clock / program["capacity"][0]
-    body = max(program["bodies"], key=lambda count: count.matrix)
-    trips = program["trips"]
-    slots = flops / per_slot - trips * program["base"].matrix
-    return min(trips, round(slots / body.matrix)) if body.matrix else trips
+    body = max((count.matrix for count in program["bodies"]), default=0)
+    base, trips = program["base"].matrix, program["trips"]
+    slots = flops / (chip.flops / chip.cores / chip.clock / program["capacity"][0])
+    if not trips:
+        trips = max(1, round(slots / max(1, base + body)))
+    executed = round((slots - trips * base) / body) if body and flops else trips
+    return trips, min(trips, executed)
 
 
 def kernel_seconds(folder: Path, chip_name: str, flops: Mapping[str, float]) -> dict[str, float]:
@@ -273,8 +281,8 @@ def kernel_seconds(folder: Path, chip_name: str, flops: Mapping[str, float]) -> 
         if not flops.keys() & {name, *same.get(name, ())}:
             continue
         program = read_program(files, chip)
-        trips, bodies = program["trips"], sorted(body.bundles for body in program["bodies"])
-        executed = executed_bodies(program, flops[name], chip) if flops.get(name) else trips
+        bodies = sorted(body.bundles for body in program["bodies"])
+        trips, executed = steps(program, flops.get(name, 0.0), chip)
         cycles = trips * program["base"].bundles + executed * bodies[-1]
         cycles += (trips - executed) * (sum(bodies[:-1]) + sum(program["idle"]))
         seconds |= {call: cycles / chip.clock for call in (name, *same.get(name, ()))}
