@@ -48,7 +48,7 @@ def seen_blocks(
     """
     on_host = isinstance(query_offset, int) and mask.columns is None
     on_host = on_host and mask.query_segments is None
-    xp = np if on_host else jnp
+    xp: Any = np if on_host else jnp
     (t, s), (block_q, block_k) = lengths, sizes
     start_q, start_k = np.arange(0, t, block_q), np.arange(0, s, block_k)
     end_k = np.minimum(start_k + block_k, s)  # the ends are exclusive
@@ -152,7 +152,7 @@ def walk(some: Array, every: Array, *, writes: int = 0) -> tuple[Array, Array]:
     Raises:
         NotImplementedError: there are too many blocks for a word.
     """
-    xp = np if isinstance(some, np.ndarray) else jnp
+    xp: Any = np if isinstance(some, np.ndarray) else jnp
     rows, queries, keys = some.shape
     if max(queries, keys) > LARGEST:
         raise NotImplementedError(f"{queries} x {keys} blocks, over {LARGEST}: use larger ones")
@@ -193,14 +193,14 @@ def unpack(step: Any) -> tuple[Any, Any, Any]:
 
 
 def least_blocks(
-    mask: Mask, query_offset: int, lengths: tuple[int, int], sizes: tuple[int, int]
+    mask: Mask, query_offset: int | jax.Array, lengths: tuple[int, int], sizes: tuple[int, int]
 ) -> np.ndarray:
     """Blocks that hold at least one visible pair, by looking at every pair: bool [B, ., .].
 
     What `seen_blocks` is compared with in tests and reports; memory grows with T S.
     """
     (t, s), (block_q, block_k) = lengths, sizes
-    positions, keys = query_offset + np.arange(t)[:, None], np.arange(s)[None, :]
+    positions, keys = query_offset + jnp.arange(t)[:, None], jnp.arange(s)[None, :]
     batch = max([1, *(x.shape[0] for x in jax.tree.leaves(mask))])
     rows = []
     for b in range(batch):
