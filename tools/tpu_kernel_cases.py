@@ -42,7 +42,7 @@ def matmul_bf16(array: Array, M: int = 2048, D: int = 4096, F: int = 14336) -> C
     return Case(jnp.matmul, args, pallas=False, flops=flops, dense=True)
 
 
-def _splash(T: int, N: int, block: int, compute: int, fused: int) -> Callable:
+def _splash(T: int, N: int, block_q: int, block_k: int, compute: int, fused: int) -> Callable:
     from jax.experimental.pallas.ops.tpu.splash_attention import (
         splash_attention_kernel as kernel,
     )
@@ -51,14 +51,14 @@ def _splash(T: int, N: int, block: int, compute: int, fused: int) -> Callable:
     )
 
     sizes = kernel.BlockSizes(
-        block_q=block,
-        block_kv=block,
+        block_q=block_q,
+        block_kv=block_k,
         block_kv_compute=compute,
-        block_q_dkv=block,
-        block_kv_dkv=block,
+        block_q_dkv=block_q,
+        block_kv_dkv=block_k,
         block_kv_dkv_compute=compute,
-        block_q_dq=None if fused else block,
-        block_kv_dq=None if fused else block,
+        block_q_dq=None if fused else block_q,
+        block_kv_dq=None if fused else block_k,
         use_fused_bwd_kernel=bool(fused),
     )
     heads = mask.MultiHeadMask([mask.CausalMask((T, T))] * N)
@@ -75,10 +75,11 @@ def _splash_args(array: Array, T: int, N: int, K: int, H: int) -> tuple:
     return (*(array(jnp.bfloat16, *shape) for shape in shapes), array(jnp.int32, 1, T))
 
 
-def causal_blocks(T: int, N: int, block: int) -> int:
+def causal_blocks(T: int, N: int, block_q: int, block_k: int) -> int:
     """Blocks that are not wholly above the diagonal, over N heads."""
-    rows = -(-T // block)
-    return N * rows * (rows + 1) // 2
+    return N * sum(
+        min(-(-T // block_k), -(-end // block_k)) for end in range(block_q, T + 1, block_q)
+    )
 
 
 def splash_forward(
@@ -87,15 +88,16 @@ def splash_forward(
     N: int = 32,
     K: int = 8,
     H: int = 128,
-    block: int = 1024,
-    compute: int = 1024,
+    block_q: int = 1024,
+    block_k: int = 1024,
+    compute: int = 512,
 ) -> Case:
     """JAX's splash attention, causal, with segment ids; block_kv_compute is `compute`."""
-    blocks = causal_blocks(T, N, block)
+    blocks = causal_blocks(T, N, block_q, block_k)
     return Case(
-        _splash(T, N, block, compute, 0),
+        _splash(T, N, block_q, block_k, compute, 0),
         _splash_args(array, T, N, K, H),
-        flops={"": 2.0 * blocks * 2 * block * block * H},
+        flops={"": 2.0 * blocks * 2 * block_q * block_k * H},
         executed={"": blocks},
     )
 
@@ -106,22 +108,23 @@ def splash_backward(
     N: int = 32,
     K: int = 8,
     H: int = 128,
-    block: int = 1024,
+    block_q: int = 1024,
+    block_k: int = 1024,
     compute: int = 1024,
     fused: int = 0,
 ) -> Case:
     """Forward and backward of splash attention: kernels for dq and dk, dv, or one for all."""
-    attend = _splash(T, N, block, compute, fused)
+    attend = _splash(T, N, block_q, block_k, compute, fused)
 
     def loss(q: Any, k: Any, v: Any, segments: Any) -> Any:
         return attend(q, k, v, segments).astype(jnp.float32).sum()
 
-    blocks = causal_blocks(T, N, block)
+    blocks = causal_blocks(T, N, block_q, block_k)
     products = {"fwd": 2, "dq_": 3, "dkv": 5 if fused else 4}
     return Case(
         jax.grad(loss, argnums=(0, 1, 2)),
         _splash_args(array, T, N, K, H),
-        flops={part: 2.0 * n * blocks * block * block * H for part, n in products.items()},
+        flops={part: 2.0 * n * blocks * block_q * block_k * H for part, n in products.items()},
         executed={"": blocks},
     )
 

@@ -1,7 +1,7 @@
 """Compiles a kernel for a TPU that is not there and says what its hot loop is bound by.
 
     python tools/tpu_kernel_report.py --list
-    python tools/tpu_kernel_report.py splash-forward:T=8192,block=1024 matmul-bf16 --chip=v5e
+    python tools/tpu_kernel_report.py splash-forward:T=8192,block_q=1024 matmul-bf16 --chip=v5e
     python tools/tpu_kernel_report.py matmul:format=nf4,dx=1 --chip=v5e --chip=v6e --json
 
 Needs `jax[tpu]`'s libtpu, no TPU. A case (tools/tpu_kernel_cases.py) is compiled in a process of
@@ -66,7 +66,7 @@ def report(name: str, chip_name: str, keep: str | None = None) -> dict[str, Any]
     """Compiles one case in a process of its own and reads what libtpu wrote down.
 
     Args:
-        name: a case and its options, `splash-forward:T=8192,block=1024`.
+        name: a case and its options, `splash-forward:T=8192,block_q=1024`.
         chip_name: of CHIPS.
         keep: folder in which the dumps are left.
 
@@ -115,7 +115,8 @@ def compile_case(name: str, chip_name: str) -> dict[str, Any]:
     try:
         compiled = jax.jit(case.function).lower(*case.args).compile()
     except Exception as error:  # the message is what was asked for
-        return {"error": f"{type(error).__name__}: {error}"[:2000]}
+        size = re.search(r"Scoped allocation with .*?limit\.?", str(error))
+        return {"error": size[0] if size else f"{type(error).__name__}: {error}"[:1000]}
     text = compiled.as_text() or ""
     instructions = re.findall(r"^ *(?:ROOT )?%(\S+) = .*? (custom-call|fusion)\(", text, re.M)
     custom = [call for call, kind in instructions if kind == "custom-call"]
