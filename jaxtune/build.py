@@ -255,7 +255,8 @@ def abstract_state(run: Run, tx: optax.GradientTransformation) -> TrainState:
     """Shapes, dtypes and shardings of the training state.
 
     What the optimizer keeps under a parameter's name has the parameter's axes, some of them
-    shorter (means over rows, scales of blocks), and is sharded by the same rules.
+    shorter (means over rows, scales of blocks), and is sharded by the same rules. Only what it
+    keeps of matrices is worth a place in host memory.
     """
     whole = NamedSharding(run.mesh, PartitionSpec())
 
@@ -263,8 +264,9 @@ def abstract_state(run: Run, tx: optax.GradientTransformation) -> TrainState:
         names = [key.key for key in path if getattr(key, "key", None) in run.trainable]
         where = whole
         if names:
-            where = rules.sharding(leaf.shape, run.skeleton.axes(names[-1]), run.mesh)
-            if run.config.optim.offload:
+            axes = run.skeleton.axes(names[-1])
+            where = rules.sharding(leaf.shape, axes, run.mesh)
+            if run.config.optim.offload and len(axes) >= 2:
                 where = where.with_memory_kind(HOST)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
 

@@ -139,6 +139,11 @@ def _contradictions(config: RunConfig) -> list[str]:
         problems.append("config.eval needs held-out rows - set data.eval or data.eval_fraction")
     if c.train.num_steps is None and c.train.num_epochs == 0:
         problems.append("config.train: set num_steps, or num_epochs above 0")
+    if c.optim.offload and c.optim.name == "adamw8bit":
+        problems.append(
+            "config.optim.offload: XLA for TPU cannot compute with bytes in host memory - choose "
+            "optim.name=adamw, or leave adamw8bit's small state on the device"
+        )
     problems += _unread(c)
     axes = dataclasses.asdict(c.mesh)
     problems += [f"config.mesh.{name}=0: must be -1 or >= 1" for name, n in axes.items() if n == 0]
@@ -154,7 +159,9 @@ def _bad_formats(quant: Quant) -> list[str]:
         name, equals, pattern = item.partition("=")
         if name not in QUANT_FORMATS:
             known = f"must begin with one of {', '.join(QUANT_FORMATS)}"
-            problems.append(f"config.quant.format={item!r}: {known}" + _nearest(name, QUANT_FORMATS))
+            problems.append(
+                f"config.quant.format={item!r}: {known}" + _nearest(name, QUANT_FORMATS)
+            )
         try:
             re.compile(pattern)
         except re.error as error:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxtune import build, hardware
+from jaxtune import build, hardware, optim
 from jaxtune.data import TokenBatch
 from jaxtune.errors import ConfigError
 from jaxtune.log import info, warn
@@ -75,7 +75,8 @@ def planned_bytes(compiled: Any) -> int:
 def _step(run: build.Run, tx: optax.GradientTransformation, schedule: optax.Schedule) -> Any:
     shardings = build.shardings(build.abstract_state(run, tx))
     seed = run.config.train.seed
-    return make_train_step(run.skeleton, run.objective, tx, schedule, seed, shardings)
+    apply = optim.make_apply(run.config.optim, build.trained_axes(run))
+    return make_train_step(run.skeleton, run.objective, tx, schedule, seed, shardings, apply)
 
 
 def _step_for(batch: Any, compiled: Any, step: TrainStep) -> TrainStep:

@@ -13,10 +13,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import NamedSharding
 
 from jaxtune import peft
-from jaxtune.sharding.mesh import HOST
+from jaxtune.optim import Apply, apply_whole
 from jaxtune.tree import Params, Skeleton
 
 Metrics = dict[str, jax.Array]
@@ -49,8 +48,17 @@ def make_train_step(
     schedule: optax.Schedule,
     seed: int,
     state_shardings: Any = None,
+    apply: Apply = apply_whole,
 ) -> TrainStep:
     """Builds `train_step(state, frozen, batch)`; batch leaves are [A, B, T].
+
+    Args:
+        skeleton: the model without arrays.
+        objective: (model, micro-batch) -> sum of losses and other sums.
+        tx, schedule: the optimizer and its learning rate.
+        seed: of dropout.
+        state_shardings: where the new state goes.
+        apply: how the optimizer's step is taken; `optim.make_apply` chooses.
 
     Returns:
         A function to the new state and float32 scalars: loss, accuracy, grad_norm, learning_rate,
@@ -90,10 +98,9 @@ def make_train_step(
             "targets": sums["weight"],
         }
         good = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
-        old = (state.trainable, _on_device(state.opt_state, state_shardings))
-        updates, opt_state = tx.update(grads, old[1], state.trainable)
-        new = (optax.apply_updates(state.trainable, updates), opt_state)
-        trainable, opt_state = jax.tree.map(functools.partial(jnp.where, good), new, old)
+        trainable, opt_state = apply(
+            tx, grads, state.trainable, state.opt_state, good, metrics["grad_norm"]
+        )
         bad_steps = jnp.where(good, 0, state.bad_steps + 1)
         metrics |= {"bad_steps": bad_steps, "skipped": ~good}
         return TrainState(state.step + 1, bad_steps, trainable, opt_state), metrics
@@ -118,19 +125,6 @@ def _zeros_of(gradient: Callable, trainable: Params, frozen: Params, batch: Any,
     first = jax.tree.map(lambda leaf: leaf[0], (batch, keys))
     (value, sums), grads = jax.eval_shape(gradient, trainable, frozen, *first)
     return jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.float32), (value, sums, grads))
-
-
-def _on_device(opt_state: Any, state_shardings: Any) -> Any:
-    """The optimizer's state out of host memory, where the step's result is put back."""
-    if state_shardings is None:
-        return opt_state
-
-    def bring(leaf: jax.Array, sharding: NamedSharding) -> jax.Array:
-        if sharding.memory_kind != HOST:
-            return leaf
-        return jax.device_put(leaf, sharding.with_memory_kind("device"))
-
-    return jax.tree.map(bring, opt_state, state_shardings.opt_state)
 
 
 def _applied_steps(opt_state: Any) -> jax.Array:

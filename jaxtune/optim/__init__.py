@@ -11,17 +11,30 @@ Bytes of state per trained parameter, of a matrix: adamw 8, adamw8bit 2.03, lion
 adafactor 4 (D + F) / (D F), which is next to nothing.
 """
 
+import functools
 from collections.abc import Callable, Mapping
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import optax
 
 from jaxtune.optim.adafactor import scale_by_adafactor
 from jaxtune.optim.adamw8bit import scale_by_adam8bit
+from jaxtune.optim.apply import Apply, apply_by_layer, apply_whole
 from jaxtune.optim.muon import scale_by_muon
 from jaxtune.optim.schedules import make_schedule
 from jaxtune.schema import Optim
 
-__all__ = ["OPTIMIZERS", "Axes", "make_optimizer", "make_schedule"]
+__all__ = [
+    "OPTIMIZERS",
+    "Apply",
+    "Axes",
+    "apply_whole",
+    "make_apply",
+    "make_optimizer",
+    "make_schedule",
+]
 
 # Names of the trailing axes of each trained parameter; leading axes are stacks of layers.
 Axes = Mapping[str, tuple[str | None, ...]]
@@ -45,9 +58,8 @@ def _lion(config: Optim, axes: Axes) -> optax.GradientTransformation:
 
 
 def _muon(config: Optim, axes: Axes) -> optax.GradientTransformation:
-    return scale_by_muon(
-        *_decays(config, 0.95, 0.999), 0.9 if config.b1 is None else config.b1, config.eps, axes
-    )
+    momentum, _ = _decays(config, 0.95, 0.999)
+    return scale_by_muon(momentum, *_decays(config, 0.9, 0.999), config.eps, axes)
 
 
 OPTIMIZERS: Mapping[str, Constructor] = {
@@ -57,6 +69,9 @@ OPTIMIZERS: Mapping[str, Constructor] = {
     "lion": _lion,
     "muon": _muon,
 }
+
+# Not elementwise: the intermediate values of all layers at once take more memory than is saved.
+BY_LAYER = ("adamw8bit", "muon")
 
 
 def _decays(config: Optim, b1: float, b2: float) -> tuple[float, float]:
@@ -83,10 +98,32 @@ def make_optimizer(
     step = optax.chain(
         OPTIMIZERS[config.name](config, axes),
         optax.add_decayed_weights(
-            config.weight_decay, {name: len(names) >= 2 for name, names in axes.items()}
+            config.weight_decay, lambda params: {name: len(axes[name]) >= 2 for name in params}
         ),
         optax.scale_by_learning_rate(schedule),
     )
     if not config.max_grad_norm:
         return step
-    return optax.chain(optax.clip_by_global_norm(config.max_grad_norm), step)
+    return optax.chain(_clip(config.max_grad_norm), step)
+
+
+def make_apply(config: Optim, axes: Axes) -> Apply:
+    """How a step of the optimizer is taken: all at once, or layer by layer."""
+    if not config.offload and config.name not in BY_LAYER:
+        return apply_whole
+    return functools.partial(apply_by_layer, axes=axes, host=config.offload)
+
+
+def _clip(max_norm: float) -> optax.GradientTransformationExtraArgs:
+    """`optax.clip_by_global_norm`, which is told the norm when it gets a part of the gradients."""
+
+    def update(
+        updates: Any, state: Any, params: Any = None, *, grad_norm: Any = None, **unused: Any
+    ) -> tuple[Any, Any]:
+        norm = optax.tree.norm(updates) if grad_norm is None else grad_norm
+        clipped = jax.tree.map(
+            lambda u: jnp.where(norm < max_norm, u, u / norm.astype(u.dtype) * max_norm), updates
+        )
+        return clipped, state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)

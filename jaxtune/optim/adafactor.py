@@ -57,7 +57,7 @@ def scale_by_adafactor(
     def update(
         grads: Params, state: AdafactorState, params: Params | None = None
     ) -> tuple[Params, AdafactorState]:
-        count = optax.safe_increment(state.count)
+        count = state.count + 1
         keep = 1 - count.astype(jnp.float32) ** -DECAY
         squares = {name: jnp.square(grad) + EPS for name, grad in grads.items()}
 

@@ -37,11 +37,12 @@ def scale_by_muon(
     )
     return optax.partition(
         {"muon": matrices, "adam": optax.scale_by_adam(b1, b2, eps)},
-        {
-            name: "muon" if len(names) >= 2 and "vocab" not in names else "adam"
-            for name, names in axes.items()
-        },
+        lambda params: {name: _kind(axes[name]) for name in params},
     )
+
+
+def _kind(names: tuple[str | None, ...]) -> str:
+    return "muon" if len(names) >= 2 and "vocab" not in names else "adam"
 
 
 def _last_two(updates: Any) -> Any:
