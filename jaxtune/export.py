@@ -17,6 +17,7 @@ import jax
 
 from jaxtune import build, config, data, optim
 from jaxtune.checkpoint.meta import OtherArrays
+from jaxtune.checkpoint.quantized_save import FORMATS
 from jaxtune.checkpoint.safetensors import shard_bytes
 from jaxtune.checkpoint.source import open_checkpoint
 from jaxtune.checkpoint.store import Store
@@ -38,6 +39,7 @@ def export(
     to: str = "adapter",
     step: int | None = None,
     dtype: str | None = None,
+    quantize: str | None = None,
     max_shard_gb: float = 5.0,
 ) -> dict[str, Path]:
     """Writes a finished or interrupted run's weights as Hugging Face folders.
@@ -48,6 +50,7 @@ def export(
         to: "adapter" (PEFT), "merged" (whole model), or "both" (out/adapter and out/merged).
         step: of the checkpoint; None: the newest good one.
         dtype: of a merged model; None: that of the base's files.
+        quantize: nf4, fp4 or int8, in which bitsandbytes loads a merged model; None: dense.
         max_shard_gb: size at which a merged model's next file is begun, in 10^9 bytes.
 
     Returns:
@@ -62,6 +65,8 @@ def export(
     cfg = _read_config(run_folder)
     if cfg.peft.method == "full" and to != "merged":
         raise ConfigError(f"{run_folder} trained the whole model - use --to=merged")
+    if quantize is not None and to == "adapter":
+        raise ConfigError(f"--quantize={quantize} is for merged models - use --to=merged")
     run, params = _restore(cfg, run_folder / "checkpoints", step)
     paths = {}
     if to in ("adapter", "both"):
@@ -73,7 +78,15 @@ def export(
         tokenizer = data.load_tokenizer(source, template=cfg.data.template)
         if build.quantized_kernels(run) and cfg.checkpoint.merge_base == "dequantized":
             params |= build.fill_base(run, every_few_seconds("loading weights"))
-        write_merged(run, params, tokenizer, paths["merged"], dtype=dtype, max_shard_bytes=size)
+        write_merged(
+            run,
+            params,
+            tokenizer,
+            paths["merged"],
+            dtype=dtype,
+            quantize=quantize,
+            max_shard_bytes=size,
+        )
     return paths
 
 
@@ -134,6 +147,9 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--step", type=int, help="checkpoint step; default: the newest good one")
     parser.add_argument("--dtype", choices=DTYPES, help="of a merged model; default: the base's")
     parser.add_argument(
+        "--quantize", choices=FORMATS, help="a merged model for bitsandbytes; default: dense"
+    )
+    parser.add_argument(
         "--max_shard_gb", type=float, default=5.0, help="a merged model's largest file (default 5)"
     )
 
@@ -155,6 +171,7 @@ def main() -> None:
         to=arguments.to,
         step=arguments.step,
         dtype=arguments.dtype,
+        quantize=arguments.quantize,
         max_shard_gb=arguments.max_shard_gb,
     )
     for what, path in paths.items():

@@ -30,9 +30,12 @@ def write_merged(
     folder: Path,
     *,
     dtype: str | None = None,
+    quantize: str | None = None,
     max_shard_bytes: int = 5_000_000_000,
 ) -> None:
     """Writes a whole model, adapters merged; `dtype` None keeps that of the base's files.
+
+    With `quantize` (nf4, fp4 or int8) the merged matrices are quantized as bitsandbytes does.
 
     Frozen base weights are copied from the base's files: those in memory may be rounded. Quantized
     ones are those in memory unless `checkpoint.merge_base` says original.
@@ -48,6 +51,7 @@ def write_merged(
         run.stacks,
         tokenizer=tokenizer,
         dtype=dtype,
+        quantize=quantize,
         max_shard_bytes=max_shard_bytes,
     )
 

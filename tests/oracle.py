@@ -10,8 +10,9 @@ import numpy as np
 from flax import nnx
 
 from jaxtune import models, peft, tree
-from jaxtune.checkpoint.hf import load_weights
+from jaxtune.checkpoint.hf import load_weights, quantized_kernels
 from jaxtune.checkpoint.tensors import Checkpoint, TensorInfo
+from jaxtune.nn import quantized
 from jaxtune.nn.params import AdapterParam, Policy
 from jaxtune.peft import Choice, Targets, lora
 
@@ -67,12 +68,23 @@ def checkpoint_of(model: Any) -> Checkpoint:
 
 
 def load(checkpoint: Checkpoint, **policy: Any) -> Loaded:
-    """The same model in jaxtune; `policy` are fields of `Policy`."""
+    """The same model in jaxtune, quantized weights as they are stored; `policy` are its fields."""
     family = models.family(checkpoint.config["model_type"])
     config = family.Config.from_hf(checkpoint.config)
-    skeleton = tree.describe(lambda: family.build(config, Policy(**policy), nnx.Rngs(0)))
     count = config.num_layers
     stacks = (count,) if policy.get("layers", "scan") == "scan" else (1,) * count
+
+    def build() -> nnx.Module:
+        return family.build(config, Policy(**policy), nnx.Rngs(0))
+
+    def build_stored() -> nnx.Module:
+        model = build()
+        quantized.put(model, kernels)
+        return model
+
+    shapes = tree.describe(build).abstract()
+    kernels = quantized_kernels(checkpoint, family.WEIGHTS, shapes, stacks)
+    skeleton = tree.describe(build_stored)
     params = load_weights(checkpoint, family.WEIGHTS, skeleton.abstract(), stacks)
 
     @jax.jit

@@ -13,6 +13,7 @@ from jaxtune import quant
 from jaxtune.checkpoint.folder import replace_folder
 from jaxtune.checkpoint.hf import Place, is_surplus, places
 from jaxtune.checkpoint.manifest import write_synced
+from jaxtune.checkpoint.quantized_save import quantization_config, quantized_tensors
 from jaxtune.checkpoint.safetensors import write_folder
 from jaxtune.checkpoint.tensors import Checkpoint, TensorInfo, dtype_from_name
 from jaxtune.errors import WeightError
@@ -37,6 +38,7 @@ def save_model(
     *,
     tokenizer: Tokenizer | None = None,
     dtype: str | None = None,
+    quantize: str | None = None,
     max_shard_bytes: int = 5_000_000_000,
     record: Mapping[str, Any] | None = None,
 ) -> None:
@@ -52,6 +54,8 @@ def save_model(
         stacks: number of layers in each stack.
         tokenizer: saved with the model.
         dtype: dtype of all tensors; None: that of each tensor in `checkpoint`.
+        quantize: format of `quantized_save.FORMATS` in which bitsandbytes is to load the layers'
+            matrices; None: they stay dense.
         max_shard_bytes: size at which a new file is begun.
         record: what else to note in the folder's jaxtune_export.json.
 
@@ -75,14 +79,26 @@ def save_model(
         array = _merged(params, place, checkpoint, name)
         return place.change.to_hf(_narrow(name, array, tensors[name].dtype))
 
+    config, stored, read_stored = _config(checkpoint, dtype), tensors, read
+    if quantize is not None:
+        names = _matrices(weights, sum(stacks))
+        matrix = next(name for name in tensors if name in names)
+        config["quantization_config"] = quantization_config(quantize, tensors[matrix].dtype.name)
+        stored, read_stored = quantized_tensors(tensors, read, names, quantize)
     note = {"kind": "model", "base": checkpoint.name, **(record or {})}
     with replace_folder(folder, note, source=checkpoint.root) as temporary:
-        write_folder(temporary, tensors, read, max_shard_bytes=max_shard_bytes)
+        write_folder(temporary, stored, read_stored, max_shard_bytes=max_shard_bytes)
         if tokenizer is not None:
             tokenizer.save_pretrained(str(temporary))
         if checkpoint.generation_config is not None:
             write_json(temporary / "generation_config.json", checkpoint.generation_config)
-        write_json(temporary / "config.json", _config(checkpoint, dtype))
+        write_json(temporary / "config.json", config)
+
+
+def _matrices(weights: Sequence[Weight], num_layers: int) -> set[str]:
+    """Hugging Face names of the matrices of all layers."""
+    rows = [w for w in weights if w.ours.startswith("layers.") and w.ours.endswith(".kernel")]
+    return {row.hf.format(layer) for row in rows for layer in range(num_layers)}
 
 
 def _changed(params: Mapping[str, Any]) -> dict[str, Any]:
