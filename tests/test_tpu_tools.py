@@ -113,7 +113,7 @@ ENTRY %main (x: f32[8,16], codes: u8[4,32]) -> f32[8,16] {
 
 def test_loops_are_multiplied_by_their_trips(load: Any):
     llo, step = load("tpu_llo"), load("tpu_step")
-    program = step.Program(HLO, llo.CHIPS["v5e"], {})
+    program = step.Program(HLO, llo.CHIPS["v5e"])
     total = program.run(program.entry)
     assert total["flops"] == 7 * 2 * 8 * 16 * 16
     assert total["all-gather", "u8"] == 7 * 16 * 32 * 3 / 4

@@ -145,9 +145,11 @@ def _read(compiled: Any, dumps: Path) -> dict[str, Any]:
     total = sizes["args"] + sizes["new"] + sizes["temp"] + sizes["code"]
     result["total_gib"] = round(total / 2**30, 3)
     text = compiled.as_text()
-    kernels = tpu_llo.kernel_seconds(dumps, CHIP, tpu_llo.kernel_flops(text))
     (dumps / "step.hlo").write_text(text)
-    return result | tpu_step.summary(text, tpu_llo.CHIPS[CHIP], kernels)
+    program = tpu_step.Program(text, tpu_llo.CHIPS[CHIP])
+    flops = tpu_llo.kernel_flops(text) | program.products()
+    program.static |= tpu_llo.kernel_seconds(dumps, CHIP, flops)
+    return result | tpu_step.summary(program)
 
 
 def key_of(row: dict[str, Any]) -> str:

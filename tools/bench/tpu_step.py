@@ -6,9 +6,9 @@ cost estimate says. Here every computation is walked in schedule order:
     flops        of convolutions and dots (a TPU program has its matrix products as convolutions),
                  and of kernels by their cost estimate
     collectives  bytes that a device receives (ring formulas), by kind and dtype
-    est_ms       fusions cost XLA's `estimated_cycles`; a kernel its static bundle count
-                 (tpu_llo); copies to other memories and collectives run beside the rest and are
-                 waited for at their end
+    est_ms       kernels and fusions that the matrix units bound cost their static bundle count
+                 (tpu_llo), other fusions XLA's `estimated_cycles`; copies to other memories and
+                 collectives run beside the rest and are waited for at their end
 
 The estimate compares variants of a program on one chip. It has never been compared with a chip, and
 XLA charges elementwise code about 2.5 times what HBM needs for it.
@@ -157,12 +157,19 @@ def dot_flops(op: Op, left: Leaf) -> float:
 
 
 class Program:
-    """A parsed program and its costs on a chip."""
+    """A parsed program and its costs on a chip.
 
-    def __init__(self, text: str, chip: Chip, kernels: Mapping[str, float]):
+    Attributes:
+        ops: instructions by computation and name; `entry` is where it starts.
+        chip: of tpu_llo.CHIPS.
+        static: seconds of kernels and fusions by the name of the call, filled before `run`.
+        unread: loops whose trips could not be read; they count once.
+    """
+
+    def __init__(self, text: str, chip: Chip):
         self.ops, self.entry = parse(text)
         self.chip = chip
-        self.kernels = kernels
+        self.static: dict[str, float] = {}
         self.unread: set[str] = set()
 
     def trips(self, op: Op, computation: str) -> int:
@@ -230,6 +237,16 @@ class Program:
             estimate = re.search(r'"cost_estimate":\{[^}]*"flops":"?([\d.e+]+)', op.rest)
             return float(estimate[1]) if estimate else 0.0
         return 0.0
+
+    def products(self) -> dict[str, float]:
+        """FLOPs of the fusions that the matrix units bound, by XLA's estimate, by name."""
+        found = {}
+        for computation, ops in self.ops.items():
+            for op in ops.values():
+                flops = self.flops(computation, op.name) if op.kind == "fusion" else 0.0
+                if 2 * flops / self.chip.flops > self._seconds(computation, op):
+                    found[op.name] = flops
+        return found
 
     def collectives(self, computation: str, name: str) -> list[tuple[str, str, str, float]]:
         """(id, kind, dtype, bytes received) of the collectives in an instruction or fusion."""
@@ -308,9 +325,8 @@ class Program:
 
     def _seconds(self, computation: str, op: Op) -> float:
         """Time of one instruction by itself."""
-        if "tpu_custom_call" in op.rest:
-            if op.name in self.kernels:
-                return self.kernels[op.name]
+        if op.name in self.static:
+            return self.static[op.name]
         cycles = re.search(r'"estimated_cycles":"(\d+)"', op.rest)
         if cycles and int(cycles[1]) < 1e12:  # some are 2**63 - 1
             return int(cycles[1]) / self.chip.clock
@@ -352,15 +368,8 @@ class _Clock:
             self.total["exposed_sec"] += late
 
 
-def summary(text: str, chip: Chip, kernels: Mapping[str, float]) -> dict:
-    """Loop-aware totals of a compiled program.
-
-    Args:
-        text: `compiled.as_text()`.
-        chip: of tpu_llo.CHIPS.
-        kernels: seconds of each kernel's call, by its name.
-    """
-    program = Program(text, chip, kernels)
+def summary(program: Program) -> dict[str, Any]:
+    """Loop-aware totals of a compiled program."""
     total = program.run(program.entry)
     moved = {key: value for key, value in total.items() if isinstance(key, tuple)}
     calls = {
@@ -371,8 +380,8 @@ def summary(text: str, chip: Chip, kernels: Mapping[str, float]) -> dict:
         "est_ms": round(total["sec"] * 1e3, 1),
         "kernel_ms": round(total["kernel_sec"] * 1e3, 1),
         "exposed_ms": round(total["exposed_sec"] * 1e3, 1),
-        "bound_ms": round(total["flops"] / chip.flops * 1e3, 1),
+        "bound_ms": round(total["flops"] / program.chip.flops * 1e3, 1),
         "received_gib": {f"{k} {d}": round(v / 2**30, 3) for (k, d), v in moved.items()},
-        "kernels_without_estimate": sorted(calls - set(kernels)),
+        "kernels_without_estimate": sorted(calls - set(program.static)),
         "unread_loops": sorted(program.unread),
     }
