@@ -113,6 +113,10 @@ def test_wrong_overrides(tmp_path: Path, option: str, message: str):
         (["train.num_epochs=0"], "num_epochs above 0"),
         (["mesh.data=0"], "config.mesh.data=0"),
         (["mesh.data=-1"], "only one axis may be -1"),
+        (["optim.name=adamw8bit", "optim.offload=true"], "bytes in host memory"),
+        (["optim.name=adafactor", "optim.b1=0.9"], "b1=0.9 would be ignored: adafactor has its"),
+        (["optim.name=lion", "optim.eps=1e-6"], "eps=1e-06 would be ignored: lion"),
+        (["optim.name=muon", "optim.b2=0.9"], "b2=0.9 would be ignored: muon keeps no second"),
     ],
 )
 def test_contradictions(tmp_path: Path, options: list[str], message: str):

@@ -70,6 +70,7 @@ def test_every_family_has_a_row_and_the_four_parts():
         ("jaxtune.data.formats:FORMATS", ("data", "format")),
         ("jaxtune.ops.attention:IMPLEMENTATIONS", ("model", "attention")),
         ("jaxtune.objectives:OBJECTIVES", ("objective", "name")),
+        ("jaxtune.optim:OPTIMIZERS", ("optim", "name")),
     ],
 )
 def test_options_offer_the_rows_of_their_table(table: str, option: tuple[str, str]):
