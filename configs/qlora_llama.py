@@ -7,12 +7,13 @@ trained. docs/quantization.md says what each format costs and when to use it.
 """
 
 from pathlib import Path
+from typing import Any
 
 from jaxtune import config
 
 
 def get_config():
-    c = config.load_file(str(Path(__file__).with_name("lora_llama.py")))
+    c: Any = config.load_file(str(Path(__file__).with_name("lora_llama.py")))
     c.quant.format = ("nf4",)
     c.train.output_dir = "runs/qlora_llama"
     return c

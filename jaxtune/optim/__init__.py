@@ -95,11 +95,13 @@ def make_optimizer(
         schedule: learning rate by step.
         axes: of each parameter, by name.
     """
+
+    def is_matrix(params: Any) -> dict[str, bool]:
+        return {name: len(axes[name]) >= 2 for name in params}
+
     step = optax.chain(
         OPTIMIZERS[config.name](config, axes),
-        optax.add_decayed_weights(
-            config.weight_decay, lambda params: {name: len(axes[name]) >= 2 for name in params}
-        ),
+        optax.add_decayed_weights(config.weight_decay, is_matrix),
         optax.scale_by_learning_rate(schedule),
     )
     if not config.max_grad_norm:

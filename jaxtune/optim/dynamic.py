@@ -41,7 +41,9 @@ def encode(x: jax.Array, *, signed: bool) -> jax.Array:
     """
     size, first = jnp.abs(x), 1 if signed else 2
     between = [(_number(d - 1, -1, signed) + _number(d, 0, signed)) / 2 for d in range(1, DECADES)]
-    decade = sum((size >= bound).astype(jnp.int32) for bound in between)
+    decade = jnp.zeros(x.shape, jnp.int32)
+    for bound in between:
+        decade += size >= bound
     cells = (first << decade).astype(jnp.float32)
     part = size * _power_of_ten(DECADES - 1 - decade)  # of the decade, in [0.1, 1]
     cell = jnp.clip(jnp.floor((part - 0.1) * (cells / 0.9)), 0, cells - 1)
