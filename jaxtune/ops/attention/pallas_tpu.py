@@ -97,7 +97,9 @@ def default_held(operands: Operands, sizes: Sizes, vmem: int) -> Held:
     of_query = h * (2 * 2 * bytes_ + 2 * 2 * 4 + 4)
     of_key = h * (4 * 2 * bytes_)
     scores = 3 * 4 * sizes.part * sizes.queries
-    room = (limit or LEAST_VMEM) - sizes.queries * of_query - sizes.keys * of_key - scores
+    products = 4 * h * (2 * sizes.part + sizes.queries)
+    used = sizes.queries * of_query + sizes.keys * of_key + scores + products
+    room = (limit or LEAST_VMEM) - used
     blocks = max((room - 2**19) // (2 * 4 * h * sizes.keys), 1)
     # Spans of about the same length.
     spans = -(-operands.k.shape[1] // (blocks * sizes.keys))
