@@ -161,15 +161,20 @@ def attention(
     segments: int = 1,
     window: int = 0,
     backward: int = 0,
+    softmax: str = "bfloat16",
 ) -> Case:
-    """Our attention, causal, with segment ids unless segments=0; backward=1: with its gradient."""
+    """Our attention, causal, with segment ids unless segments=0; backward=1: with its gradient.
+
+    `softmax` is the dtype in which probabilities meet the values; float32 takes six passes.
+    """
     from jaxtune import ops
     from jaxtune.ops.attention import Mask
 
     def attend(q: Any, k: Any, v: Any, ids: Any) -> Any:
         shown = ids if segments else None
         mask = Mask(window=window or None, query_segments=shown, key_segments=shown)
-        return ops.attention(q, k, v, mask=mask, implementation="pallas_tpu")
+        kind = {"softmax_dtype": jnp.dtype(softmax), "implementation": "pallas_tpu"}
+        return ops.attention(q, k, v, mask=mask, **kind)
 
     def loss(*args: Any) -> Any:
         return attend(*args).astype(jnp.float32).sum()
