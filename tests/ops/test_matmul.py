@@ -1,3 +1,4 @@
+import dataclasses
 from typing import Any
 
 import jax
@@ -7,7 +8,9 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 from jaxtune import ops
+from jaxtune.quant import quantize
 from tests import tolerances
+from tests.ops import matmul_cases
 from tests.oracle import difference
 
 # With 12 x 10 weights and rank 3 the merged path is taken from 6 rows on, in float32.
@@ -100,3 +103,42 @@ def test_small_adapter_survives_bfloat16():
     x, w, a, b = arrays((4, 12), (12, 10), (12, 3), (3, 10))
     small = ops.adapted_matmul(x.astype(jnp.bfloat16), 0 * w, 1e-4 * a, b)
     assert difference(small, 1e-4 * (x @ a @ b)) <= tolerances.OPS_BFLOAT16
+
+
+def test_quantized_weights():
+    for case in matmul_cases.cases(16):
+        matmul_cases.check(ops.matmul, ops.adapted_matmul, case)
+
+
+@pytest.mark.slow
+def test_many_quantized_weights():
+    for case in matmul_cases.cases(240, longest=700, widest=700, seed=1):
+        matmul_cases.check(ops.matmul, ops.adapted_matmul, case)
+
+
+@pytest.mark.parametrize("format", ["int8", "nf4"])
+def test_quantized_weight_is_saved_as_it_is(format: str):
+    """Neither what a scan keeps for the backward pass nor a gradient is a dense weight."""
+    x, kernels, a, b = arrays((48, 128), (3, 128, 128), (3, 128, 4), (3, 4, 128))
+    weights = quantize(kernels, format)
+
+    def network(x: Any, a: Any, b: Any) -> Any:
+        def layer(x: Any, leaves: Any) -> Any:
+            w, a, b = leaves
+            return jnp.tanh(ops.adapted_matmul(ops.matmul(x, w), w, a, b)), None
+
+        return jax.lax.scan(layer, x, (weights, a, b))[0]
+
+    _, pullback = jax.vjp(network, x, a, b)
+    _, linear = jax.linearize(network, x, a, b)
+    for saved in (jax.tree.leaves(pullback), jax.tree.leaves(linear)):
+        large = [leaf for leaf in saved if leaf.shape[-2:] == (128, 128)]
+        assert {leaf.dtype for leaf in large} <= {weights.codes.dtype}
+    assert (128, 128) not in products(jax.grad(lambda x: network(x, a, b).sum()), x)
+
+
+def test_gradient_of_a_quantized_weight_is_refused():
+    x, kernel = arrays((2, 64), (64, 8))
+    w = quantize(kernel, "int8")
+    with pytest.raises(NotImplementedError, match="has no gradient"):
+        jax.grad(lambda scale: ops.matmul(x, dataclasses.replace(w, scale=scale)).sum())(w.scale)

@@ -144,7 +144,7 @@ _adapted.defvjp(_adapted_forward, _adapted_backward, symbolic_zeros=True)
 def _forward(implementation: str, x: jax.Array, w: Weight, low: Pair | None = None) -> jax.Array:
     module = _module(implementation, w)
     if isinstance(w, QArray) and w.order is not None:
-        x, w = x[..., w.order], dataclasses.replace(w, order=None)
+        x, w = stay_transposed(x[..., w.order]), dataclasses.replace(w, order=None)
     return module.forward(x, w, low)
 
 

@@ -63,7 +63,7 @@ def transposed(g: jax.Array, w: QArray, low: Pair | None, *, interpret: Any = Fa
 
 
 @dataclass(frozen=True)
-class _Plan:
+class Plan:
     """One product, [m, contracted] x [contracted, columns] + [rank, m]^T x [rank, columns].
 
     Attributes:
@@ -147,13 +147,44 @@ class _Plan:
         return 2 * windows + 4 * self.bm * self.bn + 2 * rows * columns * size
 
 
+def make_plan(x: Any, w: QArray, rank: int, transposed: bool) -> Plan:
+    """Blocks of a product that fit the VMEM of every TPU.
+
+    Args:
+        x: [..., contracted], an array or its shape.
+        w: [D, F].
+        rank: of what is added, or 0.
+        transposed: whether the product is with W^T.
+    """
+    contracted, columns = reversed(w.shape) if transposed else w.shape
+    m = x.size // contracted
+    plan = Plan(
+        transposed=transposed,
+        format=w.format,
+        group_rows=w.group_rows,
+        groups=w.shape[0] // w.group_rows,
+        has_zero=w.zero is not None,
+        dtype=x.dtype,
+        m=m,
+        contracted=contracted,
+        columns=columns,
+        rank=rank,
+        bk=_summed_block(contracted, whole=not transposed),
+        bn=_column_block(columns, whole=transposed),
+        blocks=pl.cdiv(m, ROWS),
+    )
+    while plan.vmem > VMEM and plan.bm > CHUNK // 4:
+        plan = dataclasses.replace(plan, blocks=plan.blocks + 1)
+    return plan
+
+
 def _product(
     x: jax.Array, w: QArray, low: Pair | None, transposed: bool, interpret: Any
 ) -> jax.Array:
     if w.group_rows % STRIP and w.group_rows != w.shape[0]:
         raise NotImplementedError(f"scales of {w.group_rows} rows: the kernel wants 32, 64, 96 ...")
-    *batch, contracted = x.shape
-    operands = {"x": x.reshape(-1, contracted), "codes": w.codes}
+    plan = make_plan(x, w, low[1].shape[0] if low else 0, transposed)
+    operands = {"x": x.reshape(plan.m, -1), "codes": w.codes}
     operands["scale"] = decode_scale(w.scale, w.shape)
     if w.zero is not None:
         operands["zero"] = w.zero
@@ -161,26 +192,8 @@ def _product(
         book = np.pad(BOOKS[w.format], (0, LANES - 16))
         operands["book"] = jnp.asarray(np.tile(book, (SUBLANES, 1)))
     if low is not None:
-        operands["u"], operands["v"] = low[0].reshape(low[0].shape[0], -1), low[1]
-    columns = w.shape[0 if transposed else 1]
-    plan = _Plan(
-        transposed=transposed,
-        format=w.format,
-        group_rows=w.group_rows,
-        groups=operands["scale"].shape[0],
-        has_zero=w.zero is not None,
-        dtype=x.dtype,
-        m=operands["x"].shape[0],
-        contracted=contracted,
-        columns=columns,
-        rank=low[1].shape[0] if low else 0,
-        bk=_summed_block(contracted, whole=not transposed),
-        bn=_column_block(columns, whole=transposed),
-        blocks=pl.cdiv(operands["x"].shape[0], ROWS),
-    )
-    while plan.vmem > VMEM and plan.bm > CHUNK // 4:
-        plan = dataclasses.replace(plan, blocks=plan.blocks + 1)
-    return _call(plan, operands, interpret).reshape(*batch, columns)
+        operands["u"], operands["v"] = low[0].reshape(plan.rank, plan.m), low[1]
+    return _call(plan, operands, interpret).reshape(*x.shape[:-1], plan.columns)
 
 
 def _summed_block(size: int, whole: bool) -> int:
@@ -208,7 +221,7 @@ def _round_up(size: int, unit: int) -> int:
     return pl.cdiv(size, unit) * unit
 
 
-def _call(plan: _Plan, operands: dict[str, Any], interpret: Any) -> jax.Array:
+def _call(plan: Plan, operands: dict[str, Any], interpret: Any) -> jax.Array:
     rows, columns = plan.tile
     last = plan.steps - 1
 
@@ -257,7 +270,7 @@ def _call(plan: _Plan, operands: dict[str, Any], interpret: Any) -> jax.Array:
     )(operands)
 
 
-def _kernel(refs: dict[str, Any], out: Any, sums: Any, tiles: Any, *, plan: _Plan) -> None:
+def _kernel(refs: dict[str, Any], out: Any, sums: Any, tiles: Any, *, plan: Plan) -> None:
     j, k = pl.program_id(1), pl.program_id(2)
     half = jax.lax.rem(k, 2)
     size = plan.bm // plan.chunks
@@ -308,7 +321,7 @@ def _kernel(refs: dict[str, Any], out: Any, sums: Any, tiles: Any, *, plan: _Pla
 
 
 def _decode(
-    refs: dict[str, Any], tiles: Any, half: Any, unit: Any, first_row: Any, k: Any, plan: _Plan
+    refs: dict[str, Any], tiles: Any, half: Any, unit: Any, first_row: Any, k: Any, plan: Plan
 ) -> None:
     """Decodes one unit of rows of the current tile of W into one half of the buffer."""
     for start in range(0, plan.unit, STRIP):
@@ -324,17 +337,18 @@ def _decode(
         group = jax.lax.div(first_row + row, plan.group_rows)
         group = pl.ds(jnp.minimum(group, plan.scale_rows - 1), 1)
         scale = refs["scale"][group, :]
-        if plan.is_ragged and plan.transposed:
-            column = jax.lax.broadcasted_iota(jnp.int32, scale.shape, 1)
-            left = plan.contracted - jnp.minimum(k, plan.steps - 1) * plan.bk
-            scale = jnp.where(column < left, scale, 0)
         if plan.format in BOOKS:
             values = _look_up(codes, refs["book"][...])
         elif "zero" in refs:
             values = codes.astype(jnp.float32) - refs["zero"][group, :]
         else:
             values = (codes - (MIDDLE if plan.packed else 0)).astype(jnp.float32)
-        tiles[half, pl.ds(row, rows), :] = (values * scale).astype(tiles.dtype)
+        values *= scale
+        if plan.is_ragged and plan.transposed:
+            column = jax.lax.broadcasted_iota(jnp.int32, values.shape, 1)
+            left = plan.contracted - jnp.minimum(k, plan.steps - 1) * plan.bk
+            values = jnp.where(column < left, values, 0)
+        tiles[half, pl.ds(row, rows), :] = values.astype(tiles.dtype)
 
 
 def _look_up(codes: jax.Array, book: jax.Array) -> jax.Array:
