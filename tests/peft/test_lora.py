@@ -156,7 +156,7 @@ def loss_curves(hf: Any, checkpoint: Any, batches: list[TokenBatch]) -> tuple[li
 
     numbers = Optim(learning_rate=3e-3, weight_decay=0.1, b2=0.99, eps=1e-7, max_grad_norm=0.5)
     schedule = optim.make_schedule(numbers, len(batches))
-    tx = optim.make_optimizer(numbers, schedule, dict.fromkeys(adapted.trainable, True))
+    tx = optim.make_optimizer(numbers, schedule, dict.fromkeys(adapted.trainable, ("embed", None)))
     step = make_train_step(adapted.skeleton, OBJECTIVE, tx, schedule, seed=0)
     zero = jnp.int32(0)
     state = TrainState(zero, zero + 0, adapted.trainable, tx.init(adapted.trainable))
