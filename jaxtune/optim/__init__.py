@@ -7,7 +7,7 @@ in stacks of layers, so a constructor gets the names of a parameter's trailing a
 with a matrix as a whole (blocks, rows and columns, norms, orthogonalisation) it does with each
 layer's matrix by itself.
 
-Bytes of state per trained parameter, of a matrix: adamw 8, adamw8bit 2.03, lion and muon 4,
+Bytes of state per trained parameter of a kernel: adamw 8, adamw8bit 2.03, lion and muon 4,
 adafactor 4 (D + F) / (D F), which is next to nothing.
 """
 
