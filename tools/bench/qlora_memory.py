@@ -100,7 +100,8 @@ def compile_row(row: dict[str, Any], dumps: Path) -> dict[str, Any]:
             raise
         return result | {"oom": _needed(str(error))}
     result["compile_cpu_s"] = round(time.process_time() - start)
-    return result | _read(compiled, dumps)
+    head = 4.0 * row["length"] * CONFIG["hidden_size"] * CONFIG["vocab_size"]
+    return result | _read(compiled, dumps, head)
 
 
 def _no_weights(name: str) -> Any:
@@ -129,7 +130,7 @@ def _needed(error: str) -> str:
     return f"{sizes[1]} of {sizes[2]}" if sizes else error[:300]
 
 
-def _read(compiled: Any, dumps: Path) -> dict[str, Any]:
+def _read(compiled: Any, dumps: Path, head: float) -> dict[str, Any]:
     import tpu_step
 
     plan = compiled.memory_analysis()
@@ -147,6 +148,7 @@ def _read(compiled: Any, dumps: Path) -> dict[str, Any]:
     text = compiled.as_text()
     (dumps / "step.hlo").write_text(text)
     program = tpu_step.Program(text, tpu_llo.CHIPS[CHIP])
+    program.dynamic = head  # logits and dx of every token
     flops = tpu_llo.kernel_flops(text) | program.products()
     program.static |= tpu_llo.kernel_seconds(dumps, CHIP, flops)
     return result | tpu_step.summary(program)

@@ -163,17 +163,20 @@ class Program:
         ops: instructions by computation and name; `entry` is where it starts.
         chip: of tpu_llo.CHIPS.
         static: seconds of kernels and fusions by the name of the call, filled before `run`.
-        unread: loops whose trips could not be read; they count once.
+        dynamic: FLOPs of the loop whose length is only known when it runs (the loss, which goes
+            over chunks of trained tokens); it gets as many trips as that takes, by default one.
+        unread: loops whose trips are not in the text.
     """
 
     def __init__(self, text: str, chip: Chip):
         self.ops, self.entry = parse(text)
         self.chip = chip
         self.static: dict[str, float] = {}
+        self.dynamic = 0.0
         self.unread: set[str] = set()
 
     def trips(self, op: Op, computation: str) -> int:
-        """Trips of a while loop that counts up by one to a constant; else noted, and 1."""
+        """Trips of a while loop that counts up to a constant; of another, see `dynamic`."""
         condition = self.ops[op.called("condition")]
         limits = [int(c.operands[0]) for c in self._constants(condition)]
         test = next((o for o in condition.values() if o.root), None)
@@ -182,7 +185,7 @@ class Program:
         step = self._step(op.called("body"), index)
         if test is None or len(limits) != 1 or first is None or step is None:
             self.unread.add(op.name)
-            return 1
+            return max(1, round(self.dynamic / (self.run(op.called("body"))["flops"] or 1)))
         return max(0, math.ceil((limits[0] - first) / step))
 
     def _constants(self, condition: Mapping[str, Op]) -> Iterator[Op]:
