@@ -12,9 +12,7 @@ import jax.numpy as jnp
 from jaxtune.ops.cross_entropy.form import Form, Parts
 
 CHUNK_LOGITS = 1 << 24  # 64 MiB in float32: so many anyway,
-CHUNK_SHARE = (
-    32  # or a part of all tokens: reading the matrix must not take longer than the products
-)
+CHUNK_SHARE = 32  # or this part of all: the matrix's reading must not outlast the products
 CHUNK_TOKENS = 512
 
 
@@ -41,9 +39,7 @@ def run(
         of_x: dx is wanted.
         dw_dtype: dtype of dw; None: it is not wanted.
     """
-    vocab = w.shape[0 if form.transposed else 1]
-    size = max(64, CHUNK_LOGITS // vocab, x.shape[0] // CHUNK_SHARE)
-    size = min(CHUNK_TOKENS, size) // 64 * 64
+    size = _chunk_size(x.shape[0], w.shape[0 if form.transposed else 1])
 
     def chunk(x: jax.Array, targets: jax.Array, weights: jax.Array) -> tuple:
         losses, correct, dx, dw = _chunk(
@@ -55,6 +51,12 @@ def run(
     if dw is not None:
         dw = (dw.T if form.transposed else dw).astype(dw_dtype)
     return Parts(losses, correct, dx, dw)
+
+
+def _chunk_size(tokens: int, vocab: int) -> int:
+    """Tokens of a chunk: of the sizes near the largest allowed, one that leaves little padding."""
+    most = min(CHUNK_TOKENS, max(64, CHUNK_LOGITS // vocab, tokens // CHUNK_SHARE)) // 64
+    return 64 * min(range(most, most // 2, -1), key=lambda size: -tokens % (64 * size))
 
 
 def by_chunks(

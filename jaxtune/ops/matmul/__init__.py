@@ -133,8 +133,10 @@ def _adapted_backward(implementation: str, saved: tuple, g: jax.Array | Symbolic
         dx = _transposed(implementation, g, w, (gb, a.T))
     if xa is None:
         xa = _thin(stay_transposed(a.T), x)
-    da = jnp.tensordot(gb, x, x.ndim - 1, preferred_element_type=jnp.float32)
-    db = jnp.tensordot(xa, g, x.ndim - 1, preferred_element_type=jnp.float32)
+    x, g = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
+    gb, xa = gb.reshape(gb.shape[0], -1), xa.reshape(xa.shape[0], -1)
+    da = jnp.einsum("rm,md->rd", gb, x, preferred_element_type=jnp.float32)
+    db = jnp.einsum("rm,mf->rf", xa, g, preferred_element_type=jnp.float32)
     return dx, None, stay_transposed(da).T.astype(a_master.dtype), db.astype(b_master.dtype)
 
 
@@ -164,7 +166,9 @@ def _module(implementation: str, w: Weight) -> ModuleType:
 
 def _thin(small: jax.Array, x: jax.Array) -> jax.Array:
     """small [R, D], x [..., D] -> [R, ...] in x's dtype: few rows, so that lanes are full."""
-    return jnp.tensordot(small, x, (1, -1), preferred_element_type=jnp.float32).astype(x.dtype)
+    flat = x.reshape(-1, x.shape[-1])
+    y = jnp.einsum("rd,md->rm", small, flat, preferred_element_type=jnp.float32).astype(x.dtype)
+    return y.reshape(-1, *x.shape[:-1])
 
 
 def _merges(implementation: str, x: jax.Array, w: Weight) -> bool:
