@@ -69,6 +69,8 @@ def forward(
         "total": pltpu.VMEM((sizes.queries, lanes), jnp.float32),
         "sum": pltpu.VMEM((sizes.queries, h), jnp.float32),
     }
+    if "query_segments" in call:
+        scratch["segments"] = pltpu.VMEM((sizes.queries, lanes), jnp.int32)
     names = [*call, *out_shape, *scratch]
 
     def kernel(words: Any, offset: Any, *refs: Any) -> None:
@@ -119,6 +121,8 @@ def _kernel(
         top[...] = jnp.full(top.shape, start)
         total[...] = jnp.full(total.shape, 0 if operands.sinks is None else 1 / lanes, jnp.float32)
         out[...] = jnp.zeros_like(out)
+        if "segments" in refs:
+            refs["segments"][...] = common.column(refs["query_segments"][...], lanes)
 
     def meet(partly: bool) -> None:
         q = refs["q"][...]

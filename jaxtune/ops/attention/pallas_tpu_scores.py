@@ -164,7 +164,8 @@ class Scores(NamedTuple):
 
     Attributes:
         settings: the operands, of which only what is static is looked at.
-        refs: of the kernel's operands; "alibi" in scalar memory.
+        refs: of the kernel's operands; "alibi" in scalar memory; unless transposed, "segments" has
+            the queries' ids as a column, repeated along the lanes.
         start: index of the first query (with the offset: its position) and of the first key.
         inside: of the first key in its block.
         shape: queries and keys.
@@ -212,8 +213,10 @@ class Scores(NamedTuple):
 
         of_queries = None
         if "query_segments" in self.refs:
-            of_queries = self.refs["query_segments"][...]
-            of_queries = of_queries if self.transposed else column(of_queries, self.shape[1])
+            if self.transposed:
+                of_queries = self.refs["query_segments"][...]
+            else:
+                of_queries = spread(self.refs["segments"][...], self.shape[1])
         columns = Columns(*(of_keys(name) for name in ("lts", "lte", "uts", "ute")))
         mask = dataclasses.replace(
             mask,
