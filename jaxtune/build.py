@@ -128,6 +128,12 @@ def resolve_policy(model: Model, method: str, mesh: Mesh) -> Policy:
     return suited_policy(platform, mesh=mesh, **chosen)
 
 
+def _loss_implementation(model: Model, mesh: Mesh) -> str:
+    if model.cross_entropy != "auto":
+        return model.cross_entropy
+    return "pallas_tpu" if mesh.devices.flat[0].platform == "tpu" else "chunked"
+
+
 def describe(config: RunConfig, mesh: Mesh, checkpoint: Checkpoint) -> Run:
     """Builds the description of a run.
 
@@ -185,7 +191,7 @@ def describe(config: RunConfig, mesh: Mesh, checkpoint: Checkpoint) -> Run:
         objective=functools.partial(
             objectives.OBJECTIVES[config.objective.name],
             loss_dtype=jnp.dtype(config.model.loss_dtype),
-            cross_entropy=config.model.cross_entropy.replace("auto", "chunked"),
+            cross_entropy=_loss_implementation(config.model, mesh),
         ),
     )
 

@@ -69,7 +69,8 @@ class Model:
     )
     cross_entropy: str = _field(
         "auto",
-        "head and loss: chunked (XLA), pallas_tpu, reference (all logits at once); auto: chunked",
+        "head and loss: chunked (XLA), pallas_tpu, reference (all logits at once); auto: "
+        "pallas_tpu on TPU, else chunked",
         choices=("auto", "chunked", "pallas_tpu", "reference"),
     )
     layers: str = _field(

@@ -6,13 +6,15 @@ each. None of them knows modules or configs.
 
 from jaxtune.ops.attention import attention
 from jaxtune.ops.attention.cached import cached_attention
-from jaxtune.ops.cross_entropy import cross_entropy
+from jaxtune.ops.cross_entropy import Logits, Penalties, cross_entropy, token_logprobs
 from jaxtune.ops.matmul import adapted_matmul, dot, matmul
 from jaxtune.ops.norm import rms_norm
 from jaxtune.ops.rotate import rotate
 from jaxtune.ops.swiglu import swiglu
 
 __all__ = [
+    "Logits",
+    "Penalties",
     "adapted_matmul",
     "attention",
     "cached_attention",
@@ -22,4 +24,5 @@ __all__ = [
     "rms_norm",
     "rotate",
     "swiglu",
+    "token_logprobs",
 ]
