@@ -121,11 +121,27 @@ def resolve_policy(model: Model, method: str, mesh: Mesh) -> Policy:
             )
     if model.remat == "offload":
         require_host_memory(mesh, "model.remat=offload")
+    if model.offload_frozen:
+        require_host_memory(mesh, "model.offload_frozen")
     names = [f.name for f in dataclasses.fields(Policy) if hasattr(model, f.name)]
     chosen = {name: getattr(model, name) for name in names if getattr(model, name) != "auto"}
     if method == "full":
         chosen["param_dtype"] = "float32"
     return suited_policy(platform, mesh=mesh, **chosen)
+
+
+def _is_layer_matrix(name: str) -> bool:
+    return name.startswith("layers.") and name.endswith(".kernel")
+
+
+def _on_host(name: str, leaf: Any) -> jax.ShapeDtypeStruct:
+    if isinstance(leaf, QArray):
+        raise ConfigError(
+            f"config.model.offload_frozen: {name} is quantized, and XLA for TPU cannot compute "
+            "with bytes in host memory - turn it off"
+        )
+    where = leaf.sharding.with_memory_kind(HOST)
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
 
 
 def _loss_implementation(model: Model, mesh: Mesh) -> str:
@@ -174,6 +190,9 @@ def describe(config: RunConfig, mesh: Mesh, checkpoint: Checkpoint) -> Run:
     skeleton = tree.describe(build)
     shapes = rules.placed(skeleton, mesh)
     learning = set(shapes) if adapter is None else skeleton.select(AdapterParam)
+    frozen = {name: leaf for name, leaf in shapes.items() if name not in learning}
+    if policy.offload_frozen:
+        frozen |= {name: _on_host(name, frozen[name]) for name in frozen if _is_layer_matrix(name)}
     return Run(
         config=config,
         mesh=mesh,
@@ -184,7 +203,7 @@ def describe(config: RunConfig, mesh: Mesh, checkpoint: Checkpoint) -> Run:
         skeleton=skeleton,
         stacks=stacks,
         trainable={name: leaf for name, leaf in shapes.items() if name in learning},
-        frozen={name: leaf for name, leaf in shapes.items() if name not in learning},
+        frozen=frozen,
         adapter=adapter,
         choice=choice,
         imported=imported,

@@ -20,7 +20,7 @@ from typing import Any
 from ml_collections import config_dict
 
 from jaxtune.errors import ConfigError, listing
-from jaxtune.schema import QUANT_FORMATS, Quant, RunConfig, sections
+from jaxtune.schema import FETCHING, QUANT_FORMATS, Quant, RunConfig, sections
 
 
 def default() -> Any:
@@ -139,6 +139,20 @@ def _contradictions(config: RunConfig) -> list[str]:
         problems.append("config.eval needs held-out rows - set data.eval or data.eval_fraction")
     if c.train.num_steps is None and c.train.num_epochs == 0:
         problems.append("config.train: set num_steps, or num_epochs above 0")
+    if c.model.offload_frozen and c.peft.method == "full":
+        problems.append(
+            "config.model.offload_frozen would be ignored: peft.method=full trains every matrix"
+        )
+    if c.model.offload_frozen and c.model.layers == "unroll":
+        problems.append(
+            "config.model.layers=unroll: model.offload_frozen fetches layers in a scan - "
+            "leave it at auto"
+        )
+    if c.model.offload_frozen and c.model.remat not in ("auto", *FETCHING):
+        problems.append(
+            f"config.model.remat={c.model.remat} would keep weights on the device that "
+            "model.offload_frozen brings there - choose dots or full"
+        )
     if c.optim.offload and c.optim.name == "adamw8bit":
         problems.append(
             "config.optim.offload: XLA for TPU cannot compute with bytes in host memory - choose "

@@ -11,7 +11,7 @@ import argparse
 import dataclasses
 import sys
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jax
 
@@ -122,7 +122,8 @@ def _restore(cfg: RunConfig, folder: Path, step: int | None) -> tuple[build.Run,
 def _restore_as(cfg: RunConfig, store: Store, step: int | None) -> tuple[build.Run, Params]:
     mesh = make_mesh({"data": 1, "fsdp": -1, "tensor": 1})
     # The run may have used kernels that this machine lacks.
-    anywhere = {name: "auto" for name in ("attention", "matmul", "cross_entropy", "remat")}
+    anywhere: dict[str, Any] = dict.fromkeys(("attention", "matmul", "cross_entropy"), "auto")
+    anywhere |= {"remat": "auto", "offload_frozen": False}
     cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, **anywhere))
     run = build.describe(cfg, mesh, open_checkpoint(cfg.model.path, cfg.model.revision))
     schedule = optim.make_schedule(cfg.optim, cfg.train.num_steps or 1)

@@ -16,6 +16,7 @@ from jaxtune.data import TokenBatch
 from jaxtune.errors import ConfigError
 from jaxtune.log import info, warn
 from jaxtune.nn.stack import REMAT
+from jaxtune.schema import FETCHING
 from jaxtune.sharding import rules
 from jaxtune.step import TrainStep, make_train_step
 
@@ -40,6 +41,8 @@ def fitted_step(
     for name in REMAT:
         if name == "offload" and device.platform == "cpu":
             continue  # its memory is the host's
+        if run.policy.offload_frozen and name not in FETCHING:
+            continue
         candidate = run if name == run.policy.remat else build.with_remat(run, name)
         step = _step(candidate, tx, schedule)
         try:

@@ -8,6 +8,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+FETCHING = ("dots", "full")  # what model.remat may be if weights come from host memory
 QUANT_FORMATS = ("int8", "int8_block", "int4", "nf4", "fp4")
 
 
@@ -85,6 +86,11 @@ class Model:
         "matmul outputs), offload (like dots, the outputs kept in host memory), full (all but "
         "layer inputs); auto: the cheapest whose compiled program fits the device",
         choices=("auto", "none", "attention", "dots", "offload", "full"),
+    )
+    offload_frozen: bool = _field(
+        False,
+        "keep the layers' frozen matrices in host memory: each travels to the device when its "
+        "layer runs (not quantized ones, which XLA for TPU cannot read from there)",
     )
     allow_nan: bool = _field(False, "load weights that contain NaN or infinity")
 

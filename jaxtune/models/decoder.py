@@ -119,7 +119,11 @@ class Decoder(nnx.Module):
             return block(x, rope, (segment_ids, key_segments), slots)
 
         x, new = scan_layers(
-            self.layers, self.embed(tokens), apply, caches, remat=self.policy.remat
+            self.layers,
+            self.embed(tokens),
+            apply,
+            caches,
+            remat=self.policy.remat,
         )
         if cache is not None and segment_ids is not None:
             # Once, after all layers: XLA copies a buffer that is read and written in one layer.

@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec
 from jaxtune import ops
 from jaxtune.nn.params import Policy
 from jaxtune.quant import QArray, decode_scale
-from jaxtune.sharding.rules import gathered, gathered_specs, spec
+from jaxtune.sharding.rules import fetched, gathered, gathered_specs, spec
 from jaxtune.tree import path_name
 
 
@@ -47,7 +47,7 @@ class Linear(nnx.Module):
 
     def project(self, x: jax.Array) -> jax.Array:
         """The layer without its adapter: [..., D_in] -> [..., D_out]."""
-        weight = gathered(self.kernel.get_value(), self.axes, self.policy.mesh)
+        weight = self._weight()
         return self.add_bias(product(x, weight, self.axes, self.policy))
 
     def adapt(self, x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
@@ -58,11 +58,18 @@ class Linear(nnx.Module):
             a: [D_in, R].
             b: [R, D_out], scaled already.
         """
-        weight = gathered(self.kernel.get_value(), self.axes, self.policy.mesh)
+        weight = self._weight()
         if isinstance(weight, QArray) and self.policy.matmul != "xla":
             y = product(x, weight, self.axes, self.policy)
             return self.add_bias(y + self.low_rank(x, a, b))
         return self.add_bias(ops.adapted_matmul(x, weight, *self._gathered_pair(a, b)))
+
+    def _weight(self) -> Any:
+        """The kernel on the device, its shards brought together."""
+        weight = self.kernel.get_value()
+        if self.policy.offload_frozen:
+            weight = fetched(weight, self.axes, self.policy.mesh)
+        return gathered(weight, self.axes, self.policy.mesh)
 
     def low_rank(self, x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
         """x a b: [..., D_in] -> [..., D_out]."""

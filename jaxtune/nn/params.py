@@ -37,6 +37,7 @@ class Policy:
         matmul: implementation of products with quantized weights: "xla" or "pallas_tpu".
         layers: "scan" (stacked) or "unroll" (one stack per layer).
         remat: what the backward pass recomputes, a name of `nn.stack.REMAT`.
+        offload_frozen: the layers' frozen matrices are in host memory.
         mesh: the devices, over whose axes weights are gathered and kernels mapped; None: one.
     """
 
@@ -47,6 +48,7 @@ class Policy:
     matmul: str = "xla"
     layers: str = "scan"
     remat: str = "none"
+    offload_frozen: bool = False
     mesh: Mesh | None = None
 
 
@@ -64,13 +66,14 @@ def suited_policy(platform: str, **chosen: Any) -> Policy:
     given = {name: value for name, value in chosen.items() if value is not None}
     compute = jnp.dtype(given.get("compute_dtype", "float32" if on_cpu else "bfloat16"))
     # XLA for CPU converts a whole bfloat16 stack to float32 and back at every layer of a scan.
-    layers = "unroll" if on_cpu and compute == jnp.bfloat16 else "scan"
+    stays = not given.get("offload_frozen")  # fetched weights must not be kept, and come in a scan
+    layers = "unroll" if on_cpu and compute == jnp.bfloat16 and stays else "scan"
     fields: dict[str, Any] = {
         "compute_dtype": compute,
         "param_dtype": compute,
         "softmax_dtype": compute,
     }
-    fields |= {"layers": layers, "remat": "none" if on_cpu else "full"}
+    fields |= {"layers": layers, "remat": "none" if stays and on_cpu else "full"}
     fields |= {"attention": _ATTENTION.get(platform, "xla")}
     fields |= {"matmul": "pallas_tpu" if platform == "tpu" else "xla"} | given
     dtypes: dict[str, Any] = {

@@ -5,6 +5,7 @@ its mesh axes do not divide stays whole too; `spec` logs it if it is told the pa
 """
 
 import dataclasses
+import functools
 import logging
 import math
 from collections.abc import Mapping
@@ -92,6 +93,18 @@ def placed(skeleton: Skeleton, mesh: Mesh) -> dict[str, Any]:
         name: jax.tree.map(place, value, specs(value, skeleton.axes(name), mesh, name))
         for name, value in skeleton.abstract().items()
     }
+
+
+def fetched(value: jax.Array, axes: Axes, mesh: Mesh | None) -> jax.Array:
+    """A weight from host memory, sharded as it is there.
+
+    Without its sharding the partitioner would bring shards together on the host.
+    """
+    fetch = functools.partial(jax.device_put, device=jax.memory.Space.Device)
+    if mesh is None:
+        return fetch(value)
+    part = spec(value.shape, axes, mesh)
+    return jax.shard_map(fetch, mesh=mesh, in_specs=part, out_specs=part)(value)
 
 
 def gathered(value: Any, axes: Axes, mesh: Mesh | None) -> Any:
