@@ -335,10 +335,30 @@ class Program:
             return int(cycles[1]) / self.chip.clock
         if op.kind.endswith("-start") or op.kind in COLLECTIVES:
             return 0.0
-        scope = self.ops[computation]
-        arrays = [*op.leaves, *(a for n in op.operands if n in scope for a in scope[n].leaves)]
-        moved = sum(a.bytes for a in arrays if a.space == 0) if op.kind != "dynamic-slice" else 0
+        moved = sum(a.bytes for a in op.leaves if a.space == 0) + sum(
+            self._read(computation, op, i) for i in range(len(op.operands))
+        )
         return max(moved / self.chip.bandwidth, self.flops(computation, op.name) / self.chip.flops)
+
+    def _read(self, computation: str, op: Op, index: int) -> float:
+        """Bytes of an operand that an instruction reads from HBM: of a sliced one, the slice."""
+        operand = self.ops[computation].get(op.operands[index])
+        if operand is None or op.kind == "dynamic-slice":
+            return 0.0
+        if op.kind != "fusion":
+            return sum(a.bytes for a in operand.leaves if a.space == 0)
+        inside = self.ops[op.called("calls")]
+        name = next(o.name for o in inside.values() if _is_parameter(o, index))
+        users = [(o, i) for o in inside.values() for i, n in enumerate(o.operands) if n == name]
+        if users and all(o.kind == "fusion" for o, _ in users):
+            return max(self._read(op.called("calls"), o, i) for o, i in users)
+        if users and all(o.kind == "dynamic-slice" for o, _ in users):
+            return sum(o.leaves[0].bytes for o, _ in users)
+        return sum(a.bytes for a in operand.leaves if a.space == 0)
+
+
+def _is_parameter(op: Op, index: int) -> bool:
+    return op.kind == "parameter" and op.operands == (str(index),)
 
 
 def _add(total: Totals, other: Totals, times: int = 1) -> None:
