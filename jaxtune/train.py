@@ -191,7 +191,8 @@ def _report(
 
 def _fingerprint(cfg: RunConfig) -> str:
     """Of the options that change what a step computes; a resume with others is warned of."""
-    parts = (cfg.model, cfg.peft, cfg.objective, cfg.optim)
+    model = dataclasses.replace(cfg.model, offload_frozen=False)
+    parts = (model, cfg.peft, cfg.objective, dataclasses.replace(cfg.optim, offload=False))
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
