@@ -184,10 +184,27 @@ def attention(
     return Case(function, (*args, array(jnp.int32, B, T)), dense=True)
 
 
+def cross_entropy(
+    array: Array, M: int = 512, D: int = 4096, V: int = 128256, dx: int = 1, dw: int = 0
+) -> Case:
+    """Head and loss of M tokens; dx=1, dw=1: with the gradients of hidden states and head."""
+    from jaxtune import ops
+
+    def loss(x: Any, w: Any, targets: Any, weights: Any) -> Any:
+        given = {"transposed": False, "implementation": "pallas_tpu"}
+        return ops.cross_entropy(x, w, targets, weights, **given)[0]
+
+    wanted = [i for i, gradient in enumerate((dx, dw)) if gradient]
+    args = array(jnp.bfloat16, 1, M, D), array(jnp.bfloat16, D, V), array(jnp.int32, 1, M)
+    function = jax.value_and_grad(loss, wanted) if wanted else loss
+    return Case(function, (*args, array(jnp.float32, 1, M)))
+
+
 CASES: Mapping[str, Callable[..., Case]] = {
     "matmul-bf16": matmul_bf16,
     "matmul": quantized,
     "attention": attention,
+    "cross-entropy": cross_entropy,
     "splash-forward": splash_forward,
     "splash-backward": splash_backward,
 }
