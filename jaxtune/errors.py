@@ -43,6 +43,12 @@ class NumericsError(JaxtuneError):
     exit_code = 5
 
 
+class DoesNotFitError(ConfigError):
+    """The step needs more memory than a device has."""
+
+    exit_code = 6
+
+
 class StorageError(JaxtuneError):
     """The disk is full, read-only, or otherwise refused a write that matters."""
 

@@ -5,6 +5,7 @@ the first program that fits the devices is the one that trains.
 """
 
 import dataclasses
+import re
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ import optax
 
 from jaxtune import build, hardware, optim
 from jaxtune.data import TokenBatch
-from jaxtune.errors import ConfigError
+from jaxtune.errors import DoesNotFitError
 from jaxtune.log import info, warn
 from jaxtune.nn.stack import REMAT
 from jaxtune.schema import FETCHING
@@ -23,6 +24,10 @@ from jaxtune.step import TrainStep, make_train_step
 # Of a device's memory, what a program may plan with; the rest is for the runtime and fragments.
 USABLE = 0.95
 
+_REMEDY = (
+    "lower train.micro_batch_size or data.max_seq_len, set quant.format=nf4, or use more devices"
+)
+
 
 def fitted_step(
     run: build.Run, tx: optax.GradientTransformation, schedule: optax.Schedule
@@ -30,14 +35,72 @@ def fitted_step(
     """The run as it will be trained, and its train step.
 
     Raises:
-        ConfigError: not even the leanest policy fits an accelerator.
+        DoesNotFitError: not even the leanest policy fits an accelerator.
+    """
+    if not _is_open(run):
+        return run, _step(run, tx, schedule)
+    run, step, compiled = _search(run, tx, schedule)
+    return run, step if compiled is None else _step_for(abstract_batch(run), compiled, step)
+
+
+def compiled_step(
+    run: build.Run, tx: optax.GradientTransformation, schedule: optax.Schedule
+) -> tuple[build.Run, Any]:
+    """The run as it would be trained, and the compiled program of its largest batch.
+
+    Raises:
+        DoesNotFitError: the compiler finds no program that fits.
+    """
+    step, compiled = _step(run, tx, schedule), None
+    if _is_open(run):
+        run, step, compiled = _search(run, tx, schedule)
+    if compiled is None:
+        compiled = _compiled(run, tx, step)
+    if isinstance(compiled, str):
+        raise DoesNotFitError(f"remat {run.policy.remat}: {compiled} - {_REMEDY}")
+    return run, compiled
+
+
+def check_fits(needed: int, limit: int | None, kind: str) -> None:
+    """Raises DoesNotFitError if a device of this kind has not the bytes that are needed."""
+    if limit is not None and needed > USABLE * limit:
+        raise DoesNotFitError(
+            f"the step needs {needed / 2**30:.2f} GiB, and {USABLE:.0%} of {limit / 2**30:.2f} GiB "
+            f"of {kind} can be used - {_REMEDY}"
+        )
+
+
+def _is_open(run: build.Run) -> bool:
+    """Whether memory decides what is recomputed."""
+    limit = hardware.memory_bytes(run.mesh.devices.flat[0])
+    return run.config.model.remat == "auto" and limit is not None
+
+
+def _compiled(run: build.Run, tx: optax.GradientTransformation, step: Any) -> Any:
+    """The compiled program, or what the compiler says of memory if it finds none that fits."""
+    state = build.abstract_state(run, tx)
+    try:
+        return step.lower(state, run.frozen, abstract_batch(run)).compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        sizes = re.search(r"Used ([\d.]+[KMGT]) of ([\d.]+[KMGT])", str(error))
+        return (
+            f"the compiler needs {sizes[1]} of {sizes[2]}"
+            if sizes
+            else "the compiler found no way to fit the device's memory"
+        )
+
+
+def _search(
+    run: build.Run, tx: optax.GradientTransformation, schedule: optax.Schedule
+) -> tuple[build.Run, Any, Any]:
+    """The run with the cheapest policy that fits, its step, and the compiled program.
+
+    No program if nothing fits a CPU, whose memory may be more than is free now.
     """
     device = run.mesh.devices.flat[0]
-    limit = hardware.memory_bytes(device)
-    if run.config.model.remat != "auto" or limit is None:
-        return run, _step(run, tx, schedule)
-    batch = abstract_batch(run)
-    state = build.abstract_state(run, tx)
+    limit: Any = hardware.memory_bytes(device)
     for name in REMAT:
         if name == "offload" and device.platform == "cpu":
             continue  # its memory is the host's
@@ -45,26 +108,22 @@ def fitted_step(
             continue
         candidate = run if name == run.policy.remat else build.with_remat(run, name)
         step = _step(candidate, tx, schedule)
-        try:
-            compiled = step.lower(state, run.frozen, batch).compile()
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            info(f"remat {name}: the compiler found no way to fit the device's memory")
+        compiled = _compiled(candidate, tx, step)
+        if isinstance(compiled, str):
+            info(f"remat {name}: {compiled}")
             continue
         needed = planned_bytes(compiled)
         said = f"remat {name} needs {needed / 1e9:.2f} GB of {limit / 1e9:.2f} GB a device"
         if needed <= USABLE * limit:
             info(said)
-            return candidate, _step_for(batch, compiled, step)
+            return candidate, step, compiled
         info(f"{said}: too much")
     if device.platform == "cpu":
         warn("the step may need more memory than is free; lower train.micro_batch_size")
-        return candidate, step
-    raise ConfigError(
+        return candidate, step, None
+    raise DoesNotFitError(
         f"the step does not fit {limit / 1e9:.1f} GB of {device.device_kind} with any model.remat "
-        "- lower train.micro_batch_size or data.max_seq_len, set quant.format=nf4, or use more "
-        "devices"
+        f"- {_REMEDY}"
     )
 
 

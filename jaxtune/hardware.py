@@ -3,6 +3,7 @@
 import ctypes
 import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,9 @@ _PEAKS = {
     "NVIDIA GeForce RTX 4090": 165e12,
 }
 
+# Memory by `device_kind`, GiB, likewise.
+_MEMORY = {"TPU v4": 32, "TPU v5 lite": 16, "TPU v5": 95, "TPU v5p": 95, "TPU v6 lite": 32}
+
 
 def peak_flops(device: Any, dtype: DTypeLike) -> float | None:
     """FLOP/s that one device could do; measured on a CPU, None for an accelerator not in the
@@ -30,14 +34,25 @@ def peak_flops(device: Any, dtype: DTypeLike) -> float | None:
     """
     if device.platform == "cpu":
         return _measured(dtype)
-    kinds = [kind for kind in _PEAKS if device.device_kind.startswith(kind)]
-    return _PEAKS[max(kinds, key=len)] if kinds else None
+    return _of_kind(_PEAKS, device)
+
+
+def _of_kind(table: Mapping[str, Any], device: Any) -> Any:
+    kinds = [kind for kind in table if device.device_kind.startswith(kind)]
+    return table[max(kinds, key=len)] if kinds else None
 
 
 def memory_bytes(device: Any) -> int | None:
-    """Bytes that a program may use on a device: of a CPU what is free now; None: unknown."""
+    """Bytes that a program may use on a device: of a CPU what is free now; None: unknown.
+
+    Of a device that is only described what its data sheet says.
+    """
     if device.platform != "cpu":
-        return (device.memory_stats() or {}).get("bytes_limit")
+        try:
+            return (device.memory_stats() or {}).get("bytes_limit")
+        except (AttributeError, jax.errors.JaxRuntimeError):  # not addressable
+            known = _of_kind(_MEMORY, device)
+            return None if known is None else known * 2**30
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:

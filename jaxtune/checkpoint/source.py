@@ -89,6 +89,31 @@ def open_checkpoint(path: str, revision: str | None = None) -> Checkpoint:
     return open_gguf(local, path)
 
 
+def open_description(path: str, revision: str | None = None) -> Checkpoint:
+    """As `open_checkpoint`, but weights may be missing: what has none has a config only.
+
+    `path` may also be a size known by name (`llama:8b`), or a folder with config.json alone.
+
+    Raises:
+        WeightError, ConfigError: as for `open_checkpoint`, or the size is unknown.
+    """
+    family, _, size = path.partition(":")
+    if family in models.FAMILIES and size:
+        return _without_weights(path, models.sized(family, size))
+    folder = Path(path).expanduser()
+    found = _read_json(folder / "config.json") if folder.is_dir() else None
+    if found is not None and not any(folder.glob("*.safetensors*")):
+        return _without_weights(path, found)
+    return open_checkpoint(path, revision)
+
+
+def _without_weights(name: str, config: dict[str, Any]) -> Checkpoint:
+    def read(key: str) -> np.ndarray:
+        raise WeightError(f"{name} has no weights, so there is no {key}")
+
+    return Checkpoint(name, Path(name), config, None, {}, read)
+
+
 def _open_folder(folder: Path, name: str) -> Checkpoint:
     config = _read_json(folder / "config.json")
     if config is None:

@@ -19,6 +19,17 @@ def family(model_type: Any) -> ModuleType:
     return importlib.import_module(f"jaxtune.models.{FAMILIES[model_type]}")
 
 
+def sized(model_type: str, size: str) -> dict[str, Any]:
+    """The config.json of a size that a family knows by name; WeightError for another one."""
+    sizes = family(model_type).SIZES
+    if size not in sizes:
+        raise WeightError(
+            f"{model_type}:{size}: no such size - known: "
+            + ", ".join(f"{model_type}:{name}" for name in sizes)
+        )
+    return {**sizes[size]}
+
+
 def read_config(hf: Mapping[str, Any], name: str) -> tuple[ModuleType, Any]:
     """The family's module and its config, from a model's config.json.
 

@@ -59,6 +59,39 @@ TINY = {
 }
 
 
+def _llama3(shape: tuple[int, int, int, int], *, factor: float, tied: bool) -> dict[str, Any]:
+    """config.json of Llama 3.1 or 3.2 with (width, MLP width, layers, heads)."""
+    width, mlp, layers, heads = shape
+    return TINY | {
+        "vocab_size": 128256,
+        "hidden_size": width,
+        "intermediate_size": mlp,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+        "rope_theta": 500000.0,
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": factor,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+        "tie_word_embeddings": tied,
+    }
+
+
+# Published sizes, for plans without files: Llama 3.2 (1b, 3b) and 3.1, from their config.json.
+SIZES = {
+    "1b": _llama3((2048, 8192, 16, 32), factor=32.0, tied=True),
+    "3b": _llama3((3072, 8192, 28, 24), factor=32.0, tied=True),
+    "8b": _llama3((4096, 14336, 32, 32), factor=8.0, tied=False),
+    "70b": _llama3((8192, 28672, 80, 64), factor=8.0, tied=False),
+    "405b": _llama3((16384, 53248, 126, 128), factor=8.0, tied=False),
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Config(DecoderConfig):
     """A decoder read from a Llama config.json."""
