@@ -230,7 +230,9 @@ def differences(attend: Attend, case: Case) -> dict[str, float]:
     """Name of result -> max |a - b| / max |b|, where b is the float32 reference's.
 
     The denominator is at least 0.01: where a query sees one key only, the gradient of its scores
-    is a difference of equal numbers, and what is left of it is rounding.
+    is a difference of equal numbers, and what is left of it is rounding. The gradient of a sink is
+    a sum over all queries that nearly cancels (seed 1029: terms of 35.7 in all leave 0.07, of which
+    the reference itself misses 3.1e-5 in float64); it is compared with the sum of magnitudes.
 
     Raises:
         AssertionError: a number is not finite, or a query sees nothing by one of them only.
@@ -246,8 +248,19 @@ def differences(attend: Attend, case: Case) -> dict[str, float]:
             blind = oracle <= MASKED / 2
             assert (blind == (array <= MASKED / 2)).all(), f"{case}: queries that see nothing"
             array, oracle = np.where(blind, 0, array), np.where(blind, 0, oracle)
-        errors[name] = float(np.abs(array - oracle).max() / max(np.abs(oracle).max(), 1e-2))
+        scale = _sink_terms(case, expected) if name == "dsinks" else np.abs(oracle).max()
+        errors[name] = float(np.abs(array - oracle).max() / max(scale, 1e-2))
     return errors
+
+
+def _sink_terms(case: Case, expected: dict[str, np.ndarray]) -> float:
+    """Largest sum of magnitudes of what a sink's gradient is made of."""
+    delta = (case.dy * expected["y"]).sum(axis=-1)
+    if "lse" not in expected:  # compared without it, see `results`
+        return float(np.abs(delta).sum(axis=(0, 1)).max())
+    delta -= case.dlse
+    shares = np.exp(np.asarray(case.operands.sinks) - expected["lse"])
+    return float(np.abs(shares * delta).sum(axis=(0, 1)).max())
 
 
 def check(attend: Attend, case: Case, tolerance: float) -> dict[str, float]:
