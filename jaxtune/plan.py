@@ -38,7 +38,8 @@ _DEVICELESS = {
     "TPU_WORKER_HOSTNAMES": "localhost",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
-_HOSTS = {"v4": "2x2x1", "v5e": "2x2", "v5p": "2x2x1", "v6e": "2x2"}  # the smallest it describes
+# The smallest slice that libtpu describes. Not v4, of which it describes cores instead of chips.
+_HOSTS = {"v5e": "2x2", "v5p": "2x2x1", "v6e": "2x2"}
 
 
 @dataclass(frozen=True)

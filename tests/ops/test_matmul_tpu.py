@@ -116,7 +116,7 @@ def compile(m, d, f, format, double_quant=False, dtype=jnp.bfloat16, rank=0):
     x, w, g = abstract(jax.eval_shape(arrays))
     for function, args in ((product, (x, w)), (gradient, (x, w, g))):
         memory = jax.jit(function).lower(*args).compile().memory_analysis()
-        # XLA for v5p sets a part of nested scales aside, 136 KiB of their 3.5 MiB.
+        # On v5p the compiler sets 136 KiB aside for this one; why is not known.
         limit = 2**18 if double_quant and sys.argv[1].startswith("v5p") else 0
         assert memory.temp_size_in_bytes <= limit, (m, d, f, format, memory.temp_size_in_bytes)
     if rank:

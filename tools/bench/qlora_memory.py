@@ -27,28 +27,6 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import tpu_llo  # noqa: E402  # pyright: ignore[reportMissingImports]
 
-CONFIG = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "vocab_size": 128256,
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 131072,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 500000.0,
-    "rope_scaling": {
-        "rope_type": "llama3",
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    },
-    "hidden_act": "silu",
-    "tie_word_embeddings": False,
-}
 BASES = ("bf16", "int8", "int8_block", "int4", "nf4", "fp4")
 REMAT = ("none", "attention", "dots", "offload", "full")
 WHERE = {"share": ("v5e:4x4", 16), "one": ("v5e:2x2", 1)}
@@ -61,7 +39,7 @@ def compile_row(row: dict[str, Any], dumps: Path) -> dict[str, Any]:
     from jax.experimental import topologies
 
     from jaxtune import build, config, fit, optim
-    from jaxtune.checkpoint.tensors import Checkpoint
+    from jaxtune.checkpoint.source import open_description
     from jaxtune.sharding import mesh
     from jaxtune.step import make_train_step
 
@@ -77,7 +55,7 @@ def compile_row(row: dict[str, Any], dumps: Path) -> dict[str, Any]:
     topology, count = WHERE[row["where"]]
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     grid = mesh.make_mesh({"data": 1, "fsdp": -1, "tensor": 1}, devices[:count])
-    checkpoint = Checkpoint("Llama-3.1-8B", Path("."), CONFIG, None, {}, _no_weights)
+    checkpoint = open_description("llama:8b")
     run = build.describe(config.resolve(tree), grid, checkpoint)
     schedule = optim.make_schedule(run.config.optim, 1000)
     tx = optim.make_optimizer(run.config.optim, schedule, build.trained_axes(run))
@@ -94,12 +72,8 @@ def compile_row(row: dict[str, Any], dumps: Path) -> dict[str, Any]:
             raise
         return result | {"oom": _needed(str(error))}
     result["compile_cpu_s"] = round(time.process_time() - start)
-    head = 4.0 * row["length"] * CONFIG["hidden_size"] * CONFIG["vocab_size"]
+    head = 4.0 * row["length"] * run.model_config.hidden_size * run.model_config.vocab_size
     return result | _read(compiled, dumps, head)
-
-
-def _no_weights(name: str) -> Any:
-    raise AssertionError(f"{name}: a described step reads no weights")
 
 
 def _weight_bytes(frozen: dict[str, Any]) -> float:
