@@ -115,11 +115,12 @@ def _kernel(
 
     @common.when(flags, blocks.FIRST)
     def _() -> None:
-        start = jnp.float32(MASKED)
-        if operands.sinks is not None:  # one more logit: the maximum so far, and a sum of 1
-            start = refs["sinks"][head] * common.base(operands)
-        top[...] = jnp.full(top.shape, start)
-        total[...] = jnp.full(total.shape, 0 if operands.sinks is None else 1 / lanes, jnp.float32)
+        if operands.sinks is None:
+            top[...], total[...] = jnp.full(top.shape, MASKED), jnp.zeros_like(total)
+        else:  # one more logit: the maximum so far, and a sum of 1, in the first lane
+            top[...] = jnp.full(top.shape, refs["sinks"][head] * common.base(operands))
+            lane = lax.broadcasted_iota(jnp.int32, total.shape, 1)
+            total[...] = jnp.where(lane == 0, 1.0, 0.0)
         out[...] = jnp.zeros_like(out)
         if "segments" in refs:
             refs["segments"][...] = common.column(refs["query_segments"][...], lanes)
