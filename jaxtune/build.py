@@ -27,10 +27,11 @@ from jaxtune.checkpoint.tensors import Checkpoint
 from jaxtune.distributed import batch_to_device, to_device
 from jaxtune.errors import ConfigError
 from jaxtune.nn import quantized
-from jaxtune.nn.params import AdapterConstant, AdapterParam, Policy, suited_policy
+from jaxtune.nn.params import AdapterConstant, AdapterParam, Policy
 from jaxtune.nn.stack import stack_sizes
+from jaxtune.policy import loss_implementation, resolve_policy
 from jaxtune.quant import QArray
-from jaxtune.schema import Model, Peft, RunConfig
+from jaxtune.schema import Peft, RunConfig
 from jaxtune.sharding import rules
 from jaxtune.sharding.mesh import HOST, require_host_memory
 from jaxtune.step import Objective, TrainState
@@ -74,7 +75,7 @@ class Run:
 
     def put(self, batch: Any) -> Any:
         """A host batch of [A, B, T] or [B, T] arrays on the devices, its rows over the shards."""
-        axes = ("batch", None)
+        axes = ("batch", "length")
 
         def put_one(array: np.ndarray) -> jax.Array:
             return batch_to_device(array, rules.sharding(array.shape, axes, self.mesh, "batch"))
@@ -97,37 +98,8 @@ class Run:
         return 4 * weights + 2 * trained + attention
 
 
-# Implementations that exist on one platform only.
-_PLATFORMS = {"pallas_tpu": "tpu", "splash": "tpu", "pallas_gpu": "gpu", "cudnn": "gpu"}
-
-
 def _is_matrix(name: str) -> bool:
     return name.endswith((".kernel", ".adapter.a", ".adapter.b"))
-
-
-def resolve_policy(model: Model, method: str, mesh: Mesh) -> Policy:
-    """Replaces every "auto" by what suits the platform; what is trained is kept in float32.
-
-    Raises:
-        ConfigError: a kernel of another platform is asked for.
-    """
-    platform = mesh.devices.flat[0].platform
-    for name in ("attention", "matmul", "cross_entropy"):
-        needed = _PLATFORMS.get(getattr(model, name), platform)
-        if needed != platform:
-            raise ConfigError(
-                f"config.model.{name}={getattr(model, name)} runs on {needed} only, and this is "
-                f"{platform} - leave it at auto"
-            )
-    if model.remat == "offload":
-        require_host_memory(mesh, "model.remat=offload")
-    if model.offload_frozen:
-        require_host_memory(mesh, "model.offload_frozen")
-    names = [f.name for f in dataclasses.fields(Policy) if hasattr(model, f.name)]
-    chosen = {name: getattr(model, name) for name in names if getattr(model, name) != "auto"}
-    if method == "full":
-        chosen["param_dtype"] = "float32"
-    return suited_policy(platform, mesh=mesh, **chosen)
 
 
 def _is_layer_matrix(name: str) -> bool:
@@ -144,12 +116,6 @@ def _on_host(name: str, leaf: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
 
 
-def _loss_implementation(model: Model, mesh: Mesh) -> str:
-    if model.cross_entropy != "auto":
-        return model.cross_entropy
-    return "pallas_tpu" if mesh.devices.flat[0].platform == "tpu" else "chunked"
-
-
 def describe(config: RunConfig, mesh: Mesh, checkpoint: Checkpoint) -> Run:
     """Builds the description of a run.
 
@@ -160,7 +126,7 @@ def describe(config: RunConfig, mesh: Mesh, checkpoint: Checkpoint) -> Run:
     if config.optim.offload:
         require_host_memory(mesh, "optim.offload")
     family, model_config = models.read_config(checkpoint.config, checkpoint.name)
-    policy = resolve_policy(config.model, config.peft.method, mesh)
+    policy = resolve_policy(config, model_config, mesh)
     stacks = stack_sizes(model_config.num_layers, policy.layers)
 
     def build_dense() -> nnx.Module:
@@ -188,7 +154,12 @@ def describe(config: RunConfig, mesh: Mesh, checkpoint: Checkpoint) -> Run:
         return model
 
     skeleton = tree.describe(build)
-    shapes = rules.placed(skeleton, mesh)
+    shapes = rules.placed(
+        skeleton,
+        mesh,
+        sharding_stage=config.mesh.sharding_stage,
+        strict=config.mesh.indivisible == "error",
+    )
     learning = set(shapes) if adapter is None else skeleton.select(AdapterParam)
     frozen = {name: leaf for name, leaf in shapes.items() if name not in learning}
     if policy.offload_frozen:
@@ -210,7 +181,7 @@ def describe(config: RunConfig, mesh: Mesh, checkpoint: Checkpoint) -> Run:
         objective=functools.partial(
             objectives.OBJECTIVES[config.objective.name],
             loss_dtype=jnp.dtype(config.model.loss_dtype),
-            cross_entropy=_loss_implementation(config.model, mesh),
+            cross_entropy=loss_implementation(config.model, mesh),
         ),
     )
 
@@ -298,6 +269,16 @@ def abstract_state(run: Run, tx: optax.GradientTransformation) -> TrainState:
     opt_state = jax.tree_util.tree_map_with_path(place, jax.eval_shape(tx.init, run.trainable))
     scalar: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
     return TrainState(scalar, scalar, run.trainable, opt_state)
+
+
+def gradient_shardings(run: Run) -> dict[str, NamedSharding] | None:
+    """Where gradients are summed: like the optimizer's state, but whole with sharding stage 1."""
+    if run.mesh.size == 1 or run.config.mesh.sharding_stage == 1:
+        return None
+    return {
+        name: rules.sharding(leaf.shape, run.skeleton.axes(name), run.mesh)
+        for name, leaf in run.trainable.items()
+    }
 
 
 def shardings(abstract: Any) -> Any:

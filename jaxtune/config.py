@@ -153,13 +153,18 @@ def _contradictions(config: RunConfig) -> list[str]:
             f"config.model.remat={c.model.remat} would keep weights on the device that "
             "model.offload_frozen brings there - choose dots or full"
         )
+    if c.model.offload_frozen and c.mesh.sharding_stage < 3:
+        problems.append(
+            "config.model.offload_frozen would keep the whole model in host memory for each "
+            "device - set mesh.sharding_stage=3"
+        )
     if c.optim.offload and c.optim.name == "adamw8bit":
         problems.append(
             "config.optim.offload: XLA for TPU cannot compute with bytes in host memory - choose "
             "optim.name=adamw, or leave adamw8bit's small state on the device"
         )
     problems += _unread(c)
-    axes = dataclasses.asdict(c.mesh)
+    axes = c.mesh.axes()
     problems += [f"config.mesh.{name}=0: must be -1 or >= 1" for name, n in axes.items() if n == 0]
     if list(axes.values()).count(-1) > 1:
         problems.append("config.mesh: only one axis may be -1")

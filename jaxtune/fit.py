@@ -138,7 +138,10 @@ def _step(run: build.Run, tx: optax.GradientTransformation, schedule: optax.Sche
     shardings = build.shardings(build.abstract_state(run, tx))
     seed = run.config.train.seed
     apply = optim.make_apply(run.config.optim, build.trained_axes(run))
-    return make_train_step(run.skeleton, run.objective, tx, schedule, seed, shardings, apply)
+    gradients = build.gradient_shardings(run)
+    return make_train_step(
+        run.skeleton, run.objective, tx, schedule, seed, shardings, apply, gradients
+    )
 
 
 def _step_for(batch: Any, compiled: Any, step: TrainStep) -> TrainStep:
@@ -156,7 +159,7 @@ def abstract_batch(run: build.Run) -> TokenBatch:
     train = run.config.train
     rows = train.micro_batch_size * rules.batch_shards(run.mesh)
     shape = (train.gradient_accumulation_steps, rows, run.config.data.max_seq_len)
-    where = rules.sharding(shape, ("batch", None), run.mesh)
+    where = rules.sharding(shape, ("batch", "length"), run.mesh)
     kinds = {field.name: jnp.int32 for field in dataclasses.fields(TokenBatch)}
     kinds["weights"] = jnp.float32
     leaves: Any = {

@@ -149,7 +149,7 @@ def plan(cfg: RunConfig, topology: str, devices: list[Any]) -> Plan:
         ConfigError: the config does not suit the devices.
         DoesNotFitError: no program fits them.
     """
-    mesh = make_mesh(dataclasses.asdict(cfg.mesh), devices)
+    mesh = make_mesh(cfg.mesh.axes(), devices)
     run = build.describe(cfg, mesh, open_description(cfg.model.path, cfg.model.revision))
     schedule = optim.make_schedule(cfg.optim, cfg.train.num_steps or 1)
     tx = optim.make_optimizer(cfg.optim, schedule, build.trained_axes(run))

@@ -62,6 +62,12 @@ class Model:
         "(JAX's, TPU), cudnn (GPU), reference (dense, slower); auto: the platform's own kernels",
         choices=("auto", "reference", "xla", "pallas_tpu", "pallas_gpu", "splash", "cudnn"),
     )
+    context_parallel: str = _field(
+        "auto",
+        "how attention crosses the mesh's sequence axis: ring (keys travel around), ulysses "
+        "(heads are exchanged for tokens); auto: ulysses where the heads divide, else ring",
+        choices=("auto", "ring", "ulysses"),
+    )
     matmul: str = _field(
         "auto",
         "product with a quantized weight: xla (the weight is decoded first), pallas_tpu (decoded "
@@ -261,9 +267,32 @@ class Train:
 class Mesh:
     """How devices are arranged; one axis may be -1 (all that are left)."""
 
+    stage: int = _field(1, "shards of the layers, as a pipeline", low=-1)
     data: int = _field(1, "replicas with their own rows", low=-1)
     fsdp: int = _field(-1, "shards of weights and optimizer state, with their own rows", low=-1)
-    tensor: int = _field(1, "shards of every matrix multiplication", low=-1)
+    sequence: int = _field(
+        1, "shards of every row's tokens (context parallel), and of weights like fsdp", low=-1
+    )
+    tensor: int = _field(
+        1, "shards of every matrix multiplication, and of the tokens between them", low=-1
+    )
+    sharding_stage: int = _field(
+        3,
+        "what the fsdp and sequence axes shard (ZeRO): 1 the optimizer's state; 2 gradients too; "
+        "3 parameters too",
+        low=1,
+        high=3,
+    )
+    indivisible: str = _field(
+        "replicate",
+        "a parameter's axis that a mesh axis does not divide: kept whole, with a warning, or error",
+        choices=("replicate", "error"),
+    )
+
+    def axes(self) -> dict[str, int]:
+        """Sizes of the mesh's axes, from the one whose neighbours talk least to the most."""
+        names = ("stage", "data", "fsdp", "sequence", "tensor")
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -49,6 +49,7 @@ def make_train_step(
     seed: int,
     state_shardings: Any = None,
     apply: Apply = apply_whole,
+    gradient_shardings: Any = None,
 ) -> TrainStep:
     """Builds `train_step(state, frozen, batch)`; batch leaves are [A, B, T].
 
@@ -59,6 +60,7 @@ def make_train_step(
         seed: of dropout.
         state_shardings: where the new state goes.
         apply: how the optimizer's step is taken; `optim.make_apply` chooses.
+        gradient_shardings: where the sums of gradients are, by name; None: like the parameters.
 
     Returns:
         A function to the new state and float32 scalars: loss, accuracy, grad_norm, learning_rate,
@@ -70,7 +72,11 @@ def make_train_step(
         peft.seed(model, key)
         return objective(model, micro)
 
-    gradient = jax.value_and_grad(loss, has_aux=True)
+    def gradient(trainable: Params, frozen: Params, micro: Any, key: jax.Array) -> tuple:
+        found, grads = jax.value_and_grad(loss, has_aux=True)(trainable, frozen, micro, key)
+        if gradient_shardings is not None:
+            grads = jax.lax.with_sharding_constraint(grads, gradient_shardings)
+        return found, grads
 
     @functools.partial(jax.jit, donate_argnums=0, out_shardings=(state_shardings, None))
     def train_step(state: TrainState, frozen: Params, batch: Any) -> tuple[TrainState, Metrics]:

@@ -118,7 +118,7 @@ def train(cfg: Any) -> Result:
 
 def _describe(cfg: RunConfig) -> tuple[build.Run, Any, data.Loader, data.Dataset | None]:
     """Opens everything the run reads, and describes it; no weights are read."""
-    mesh = make_mesh(dataclasses.asdict(cfg.mesh))
+    mesh = make_mesh(cfg.mesh.axes())
     checkpoint = open_checkpoint(cfg.model.path, cfg.model.revision)
     run = build.describe(cfg, mesh, checkpoint)
     source = cfg.model.tokenizer or checkpoint.tokenizer_source

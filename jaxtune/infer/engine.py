@@ -36,7 +36,7 @@ from jaxtune.sharding import rules
 from jaxtune.tree import Skeleton
 
 # Logical axes of a cache's arrays, by their number of dimensions: keys and values, ids, length.
-CACHE_AXES = {5: ("batch", "kv_heads", None, None), 2: ("batch", None), 0: ()}
+CACHE_AXES = {5: ("batch", "key_heads", None, None), 2: ("batch", None), 0: ()}
 WATCHED_TOKENS = 8  # new tokens of a row between two looks of a watcher
 
 # Called with the index of a prompt and its new tokens so far; True ends the row.

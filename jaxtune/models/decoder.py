@@ -21,6 +21,11 @@ from jaxtune.nn.norm import RMSNorm
 from jaxtune.nn.params import Policy
 from jaxtune.nn.rope import Rope, rope_table
 from jaxtune.nn.stack import make_stacks, scan_layers, stack_sizes
+from jaxtune.sharding.rules import constrained
+
+# Axes of activations [B, T, D], inside a layer and between them.
+TOKENS = ("batch", "length", None)
+RESIDUAL = ("batch", "residual_length", None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,10 +49,15 @@ class DecoderConfig:
 
 
 class Block(nnx.Module):
-    """x + attention(norm(x)), then + mlp(norm(x))."""
+    """x + attention(norm(x)), then + mlp(norm(x)).
+
+    On a mesh the residual and its norms are cut along the tokens over the tensor axis too, which
+    would compute them as often as it has shards (Korthikanti et al. 2022, arXiv 2205.05198).
+    """
 
     def __init__(self, config: DecoderConfig, policy: Policy, rngs: nnx.Rngs):
         c = config
+        self.policy = policy
         self.attn_norm = RMSNorm(c.hidden_size, c.norm_eps, policy=policy)
         self.attn = Attention(
             c.hidden_size,
@@ -71,9 +81,11 @@ class Block(nnx.Module):
     def __call__(
         self, x: jax.Array, rope: tuple, segments: tuple, cache: tuple | None
     ) -> tuple[jax.Array, tuple | None]:
-        y, cache = self.attn(self.attn_norm(x), rope, segments, cache)
-        x = x + y
-        return x + self.mlp(self.mlp_norm(x)), cache
+        mesh = self.policy.mesh
+        y, cache = self.attn(constrained(self.attn_norm(x), TOKENS, mesh), rope, segments, cache)
+        x = constrained(x + y, RESIDUAL, mesh)
+        y = self.mlp(constrained(self.mlp_norm(x), TOKENS, mesh))
+        return constrained(x + y, RESIDUAL, mesh), cache
 
 
 class Decoder(nnx.Module):
@@ -120,7 +132,7 @@ class Decoder(nnx.Module):
 
         x, new = scan_layers(
             self.layers,
-            self.embed(tokens),
+            constrained(self.embed(tokens), RESIDUAL, self.policy.mesh),
             apply,
             caches,
             remat=self.policy.remat,
@@ -134,7 +146,7 @@ class Decoder(nnx.Module):
                 segment_ids=append(cache.segment_ids, segment_ids, length, 1),
                 length=length + tokens.shape[1],
             )
-        return self.norm(x), cache
+        return constrained(self.norm(x), TOKENS, self.policy.mesh), cache
 
     def head(self) -> tuple[jax.Array, bool]:
         """The output matrix, and whether it is [V, D] (a tied table) instead of [D, V]."""

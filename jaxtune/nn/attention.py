@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec
 from jaxtune import ops
 from jaxtune.nn.linear import Linear
 from jaxtune.nn.params import Policy
-from jaxtune.ops.attention import Mask
+from jaxtune.ops.attention import Mask, make_operands
 from jaxtune.sharding.rules import spec
 
 
@@ -99,19 +99,39 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, policy: Policy)
         mask: which key a query sees.
         policy: names the implementation and the mesh.
     """
-    call = functools.partial(
-        ops.attention, softmax_dtype=policy.softmax_dtype, implementation=policy.attention
-    )
+
+    def call(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> jax.Array:
+        return ops.attention(
+            q,
+            k,
+            v,
+            mask=mask,
+            softmax_dtype=policy.softmax_dtype,
+            implementation=policy.attention,
+        )
+
     mesh = policy.mesh
-    if policy.attention in ("xla", "reference") or mesh is None or mesh.size == 1:
-        return call(q, k, v, mask=mask)
+    if mesh is None or mesh.size == 1:
+        return call(q, k, v, mask)
     # Query heads and their key heads are cut alike, or not at all.
-    heads = spec(k.shape, ("batch", None, "kv_heads", None), mesh)
-    rows = jax.tree.map(lambda leaf: PartitionSpec(heads[0], *[None] * (leaf.ndim - 1)), mask)
+    cut = spec(k.shape, ("batch", "length", "key_heads", None), mesh)
+    batch, length, *_ = cut
+    if length is None and policy.attention in ("xla", "reference"):
+        return call(q, k, v, mask)
+
+    def ring(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> jax.Array:
+        operands = make_operands(q, k, v, mask, softmax_dtype=policy.softmax_dtype)
+        return ops.ring_attention(operands, "sequence", policy.attention)[0]
+
+    def ulysses(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> jax.Array:
+        return ops.ulysses_attention(q, k, v, mask, "sequence", call)
+
+    crossing = {"ring": ring, "ulysses": ulysses}[policy.context_parallel]
+    rows = jax.tree.map(lambda _: PartitionSpec(batch, length), mask)
     return jax.shard_map(
-        lambda q, k, v, mask: call(q, k, v, mask=mask),
+        call if length is None else crossing,
         mesh=mesh,
-        in_specs=(heads, heads, heads, rows),
-        out_specs=heads,
+        in_specs=(cut, cut, cut, rows),
+        out_specs=cut,
         check_vma=False,
     )(q, k, v, mask)

@@ -113,7 +113,8 @@ def _mapped_product(
     weight = dataclasses.replace(weight, scale=decode_scale(weight.scale, weight.shape))
     weight_specs = gathered_specs(weight, axes, mesh)
     rows, columns = weight_specs.codes
-    batch, *middle, _ = spec(x.shape, ("batch",) + (None,) * (x.ndim - 1), mesh)
+    tokens = (("batch", "length") + (None,) * x.ndim)[: x.ndim - 1]
+    leading = spec(x.shape[:-1], tokens, mesh)
 
     def multiply(x: jax.Array, weight: QArray) -> jax.Array:
         y = ops.matmul(x, weight, implementation=policy.matmul)
@@ -122,8 +123,8 @@ def _mapped_product(
     return jax.shard_map(
         multiply,
         mesh=mesh,
-        in_specs=(PartitionSpec(batch, *middle, rows), weight_specs),
-        out_specs=PartitionSpec(batch, *middle, columns),
+        in_specs=(PartitionSpec(*leading, rows), weight_specs),
+        out_specs=PartitionSpec(*leading, columns),
         check_vma=False,
     )(x, weight)
 

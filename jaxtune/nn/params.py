@@ -38,6 +38,8 @@ class Policy:
         layers: "scan" (stacked) or "unroll" (one stack per layer).
         remat: what the backward pass recomputes, a name of `nn.stack.REMAT`.
         offload_frozen: the layers' frozen matrices are in host memory.
+        sharding_stage: 3, or less: parameters are whole along the axes of `rules.GATHERED`.
+        context_parallel: how attention crosses the mesh's sequence axis: "ring" or "ulysses".
         mesh: the devices, over whose axes weights are gathered and kernels mapped; None: one.
     """
 
@@ -49,6 +51,8 @@ class Policy:
     layers: str = "scan"
     remat: str = "none"
     offload_frozen: bool = False
+    sharding_stage: int = 3
+    context_parallel: str = "ring"
     mesh: Mesh | None = None
 
 

@@ -4,10 +4,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import NamedSharding
 from jax.typing import DTypeLike
 
 from jaxtune import ops
+from jaxtune.nn.params import Policy
 from jaxtune.sharding import rules
 
 
@@ -38,18 +39,20 @@ def sft(
         weights,
         transposed=transposed,
         loss_dtype=loss_dtype,
-        shardings=_shardings(hidden, weight, transposed, model.policy.mesh),
+        shardings=_shardings(hidden, weight, transposed, model.policy),
         implementation=cross_entropy,
     )
     return loss, {"weight": weights.sum(), "correct": correct}
 
 
 def _shardings(
-    hidden: jax.Array, weight: jax.Array, transposed: bool, mesh: Mesh | None
+    hidden: jax.Array, weight: jax.Array, transposed: bool, policy: Policy
 ) -> tuple[NamedSharding, NamedSharding] | None:
     """How hidden states and the head lie on a mesh of several devices."""
+    mesh = policy.mesh
     if mesh is None or mesh.size == 1:
         return None
     axes = ("vocab", "embed") if transposed else ("embed", "vocab")
-    rows = rules.sharding(hidden.shape, ("batch", None, None), mesh)
-    return rows, rules.sharding(weight.shape, axes, mesh)
+    rows = rules.sharding(hidden.shape, ("batch", "length", None), mesh)
+    place = rules.specs if policy.sharding_stage == 3 else rules.gathered_specs
+    return rows, NamedSharding(mesh, place(weight, axes, mesh))

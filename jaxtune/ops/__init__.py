@@ -6,6 +6,8 @@ each. None of them knows modules or configs.
 
 from jaxtune.ops.attention import attention
 from jaxtune.ops.attention.cached import cached_attention
+from jaxtune.ops.attention.ring import attend as ring_attention
+from jaxtune.ops.attention.ulysses import attend as ulysses_attention
 from jaxtune.ops.cross_entropy import Logits, Penalties, cross_entropy, token_logprobs
 from jaxtune.ops.matmul import adapted_matmul, dot, matmul
 from jaxtune.ops.norm import rms_norm
@@ -21,8 +23,10 @@ __all__ = [
     "cross_entropy",
     "dot",
     "matmul",
+    "ring_attention",
     "rms_norm",
     "rotate",
     "swiglu",
     "token_logprobs",
+    "ulysses_attention",
 ]

@@ -1,4 +1,4 @@
-"""The device mesh: data, fsdp and tensor axes."""
+"""The device mesh, whose axes are those of `schema.Mesh`."""
 
 import math
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,7 @@
 """The one table from logical axes to mesh axes.
 
 A parameter names its trailing axes; leading axes are stacks of layers and stay whole. An axis that
-its mesh axes do not divide stays whole too; `spec` logs it if it is told the parameter's name.
+a mesh axis does not divide is not cut along it; `spec` says so if it is told the parameter's name.
 """
 
 import dataclasses
@@ -14,55 +14,88 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxtune.errors import ConfigError
 from jaxtune.quant import NestedScale, QArray
 from jaxtune.quant.qarray import PACK_ROWS
 from jaxtune.tree import Skeleton
 
 Axes = tuple[str | None, ...]
+Rules = Mapping[str, tuple[str, ...]]
 
-RULES: Mapping[str, tuple[str, ...]] = {
+# A layer's weights travel to all shards of these axes before they are used.
+GATHERED = ("fsdp", "sequence")
+
+RULES: Rules = {
+    # Of activations: rows, tokens, tokens between attention and MLP, key heads.
     "batch": ("data", "fsdp"),
-    "embed": ("fsdp",),
+    "length": ("sequence",),
+    "residual_length": ("sequence", "tensor"),
+    "key_heads": ("tensor",),
+    # Of parameters.
+    "embed": GATHERED,
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "mlp": ("tensor",),
     "vocab": ("tensor",),
 }
 
-# A layer's weights travel to all shards of these axes before they are used.
-GATHERED = ("fsdp",)
+# Where no other axis of a parameter takes them: adapters have matrices without "embed".
+SPARE: Rules = dict.fromkeys(("heads", "kv_heads", "mlp"), GATHERED)
 
 _log = logging.getLogger(__name__)
 
 
-def spec(shape: tuple[int, ...], axes: Axes, mesh: Mesh, name: str = "") -> PartitionSpec:
-    """Where the trailing dimensions named `axes` of an array lie on the mesh."""
-    parts: list[tuple[str, ...] | None] = [None] * (len(shape) - len(axes))
-    for size, axis in zip(shape[len(parts) :], axes, strict=True):
-        mesh_axes = tuple(a for a in RULES.get(axis or "", ()) if mesh.shape.get(a, 1) > 1)
-        shards = math.prod(mesh.shape[a] for a in mesh_axes)
-        if size % shards:
-            if name:
-                _log.warning(
-                    "%s: axis %s=%d is not divisible by %d: replicated", name, axis, size, shards
-                )
-            mesh_axes = ()
-        parts.append(mesh_axes or None)
-    return PartitionSpec(*parts)
+def spec(
+    shape: tuple[int, ...], axes: Axes, mesh: Mesh, name: str = "", *, strict: bool = False
+) -> PartitionSpec:
+    """Where the trailing dimensions named `axes` of an array lie on the mesh.
+
+    Args:
+        shape: of the array.
+        axes: logical names of its last dimensions.
+        mesh: the devices.
+        name: of a parameter; a mesh axis that does not divide it is logged.
+        strict: raise instead.
+
+    Raises:
+        ConfigError: a mesh axis does not divide an axis, and that is an error.
+    """
+    sizes = shape[len(shape) - len(axes) :]
+    parts: list[tuple[str, ...]] = [()] * len(axes)
+    for rules in (RULES, SPARE):
+        for i, (size, axis) in enumerate(zip(sizes, axes, strict=True)):
+            for mesh_axis in rules.get(axis or "", ()):
+                count = mesh.shape.get(mesh_axis, 1)
+                if count == 1 or any(mesh_axis in part for part in parts):
+                    continue
+                if size % (count * math.prod(mesh.shape[a] for a in parts[i])) == 0:
+                    parts[i] += (mesh_axis,)
+                elif name and rules is RULES:
+                    _not_cut(f"{name}: axis {axis}={size}", f"mesh.{mesh_axis}={count}", strict)
+    return PartitionSpec(*[None] * (len(shape) - len(axes)), *(part or None for part in parts))
 
 
-def specs(value: Any, axes: Axes, mesh: Mesh, name: str = "") -> Any:
+def _not_cut(what: str, by: str, strict: bool) -> None:
+    if strict:
+        raise ConfigError(
+            f"{what} cannot be cut into the shards of config.{by} - change the mesh, or set "
+            "mesh.indivisible=replicate"
+        )
+    _log.warning("%s cannot be cut into the shards of %s: it stays whole", what, by)
+
+
+def specs(value: Any, axes: Axes, mesh: Mesh, name: str = "", *, strict: bool = False) -> Any:
     """`spec` of an array, or of each array of a quantized kernel: a tree like `value`.
 
     The rows of a quantized kernel are cut only between blocks, so that every shard holds whole
     groups with their scales.
     """
     if not isinstance(value, QArray):
-        return spec(value.shape, axes, mesh, name)
+        return spec(value.shape, axes, mesh, name, strict=strict)
     *stack, rows, columns = value.shape
     has_groups = value.group_rows < rows
     block = max(PACK_ROWS if value.packed else 1, value.group_rows if has_groups else 1)
-    matrix = spec((*stack, rows // block, columns), axes, mesh, name)
+    matrix = spec((*stack, rows // block, columns), axes, mesh, name, strict=strict)
     *lead, _, by_column = matrix
     groups = matrix if has_groups else PartitionSpec(*lead, None, by_column)
     whole = PartitionSpec(*lead)
@@ -83,14 +116,36 @@ def sharding(shape: tuple[int, ...], axes: Axes, mesh: Mesh, name: str = "") -> 
     return NamedSharding(mesh, spec(shape, axes, mesh, name))
 
 
-def placed(skeleton: Skeleton, mesh: Mesh) -> dict[str, Any]:
-    """Shape, dtype and sharding of every variable of a model, by name."""
+def constrained(x: jax.Array, axes: Axes, mesh: Mesh | None) -> jax.Array:
+    """An activation, told where it lies; None: one device."""
+    if mesh is None or mesh.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, sharding(x.shape, axes, mesh))
+
+
+def placed(
+    skeleton: Skeleton, mesh: Mesh, *, sharding_stage: int = 3, strict: bool = False
+) -> dict[str, Any]:
+    """Shape, dtype and sharding of every variable of a model, by name.
+
+    Args:
+        skeleton: the model.
+        mesh: the devices.
+        sharding_stage: below 3, parameters are whole along the `GATHERED` axes.
+        strict: see `spec`.
+
+    Raises:
+        ConfigError: see `spec`.
+    """
 
     def place(leaf: Any, part: PartitionSpec) -> jax.ShapeDtypeStruct:
+        part = part if sharding_stage == 3 else _without_gathered(part)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, part))
 
     return {
-        name: jax.tree.map(place, value, specs(value, skeleton.axes(name), mesh, name))
+        name: jax.tree.map(
+            place, value, specs(value, skeleton.axes(name), mesh, name, strict=strict)
+        )
         for name, value in skeleton.abstract().items()
     }
 

@@ -1,0 +1,89 @@
+"""From the config's choices to how a model is computed on these devices."""
+
+import dataclasses
+from typing import Any
+
+from jax.sharding import Mesh
+
+from jaxtune.data.loader import LENGTH_STEP
+from jaxtune.errors import ConfigError
+from jaxtune.nn.params import Policy, suited_policy
+from jaxtune.schema import Model, RunConfig
+from jaxtune.sharding.mesh import require_host_memory
+
+# Implementations that exist on one platform only.
+_PLATFORMS = {"pallas_tpu": "tpu", "splash": "tpu", "pallas_gpu": "gpu", "cudnn": "gpu"}
+
+
+def resolve_policy(config: RunConfig, model_config: Any, mesh: Mesh) -> Policy:
+    """Replaces every "auto" by what suits the platform; what is trained is kept in float32.
+
+    Args:
+        config: of the run.
+        model_config: the family's, of which heads and their number are looked at.
+        mesh: the devices.
+
+    Raises:
+        ConfigError: a kernel of another platform is asked for, or the mesh does not suit the model.
+    """
+    model = config.model
+    platform = mesh.devices.flat[0].platform
+    for name in ("attention", "matmul", "cross_entropy"):
+        needed = _PLATFORMS.get(getattr(model, name), platform)
+        if needed != platform:
+            raise ConfigError(
+                f"config.model.{name}={getattr(model, name)} runs on {needed} only, and this is "
+                f"{platform} - leave it at auto"
+            )
+    if model.remat == "offload":
+        require_host_memory(mesh, "model.remat=offload")
+    if model.offload_frozen:
+        require_host_memory(mesh, "model.offload_frozen")
+    names = [f.name for f in dataclasses.fields(Policy) if hasattr(model, f.name)]
+    chosen = {name: getattr(model, name) for name in names if getattr(model, name) != "auto"}
+    if config.peft.method == "full":
+        chosen["param_dtype"] = "float32"
+    chosen["sharding_stage"] = config.mesh.sharding_stage
+    chosen["context_parallel"] = _context_parallel(config, model_config, mesh)
+    return suited_policy(platform, mesh=mesh, **chosen)
+
+
+def _context_parallel(config: RunConfig, model_config: Any, mesh: Mesh) -> str:
+    """How attention crosses the sequence axis, which must divide every row that is trained on."""
+    asked, shards = config.model.context_parallel, mesh.shape.get("sequence", 1)
+    if shards == 1:
+        if asked != "auto":
+            raise ConfigError(
+                f"config.model.context_parallel={asked} would be ignored: mesh.sequence is 1"
+            )
+        return "ring"
+    longest = config.data.max_seq_len
+    varies = not config.data.packing and config.data.pad_to == "longest"
+    for length in (longest, LENGTH_STEP) if varies else (longest,):
+        if length % shards:
+            raise ConfigError(
+                f"config.mesh.sequence={shards} does not divide rows of {length} tokens - change "
+                "it, or data.max_seq_len" + (", or set data.pad_to=max" if varies else "")
+            )
+    heads, tensor = model_config.num_kv_heads, mesh.shape.get("tensor", 1)
+    exchanged = heads if heads % tensor else heads // tensor
+    if asked == "ulysses" and exchanged % shards:
+        raise ConfigError(
+            f"config.model.context_parallel=ulysses: mesh.sequence={shards} does not divide the "
+            f"{exchanged} key heads of a device - choose ring"
+        )
+    libraries = ("reference", "splash", "cudnn")
+    chosen = "ring" if asked == "ring" or exchanged % shards else "ulysses"
+    if chosen == "ring" and config.model.attention in libraries:
+        raise ConfigError(
+            f"config.model.attention={config.model.attention} cannot be computed key shard by key "
+            "shard, as context_parallel=ring does - leave it at auto"
+        )
+    return chosen
+
+
+def loss_implementation(model: Model, mesh: Mesh) -> str:
+    """The name of the loss's implementation, `model.cross_entropy` or what suits the platform."""
+    if model.cross_entropy != "auto":
+        return model.cross_entropy
+    return "pallas_tpu" if mesh.devices.flat[0].platform == "tpu" else "chunked"
