@@ -1,0 +1,185 @@
+"""Every arrangement of eight devices trains like one device, and holds its share of the memory."""
+
+import dataclasses
+import functools
+import itertools
+import math
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from jaxtune import build
+from jaxtune.data import TokenBatch
+from jaxtune.data.batch import TokenRow
+from jaxtune.data.packing import stack_rows
+from jaxtune.quant import QArray
+from jaxtune.schema import Data, Mesh, Model, Peft, Quant, RunConfig
+from jaxtune.sharding.mesh import make_mesh
+from jaxtune.step import make_train_step
+from tests import oracle, tolerances
+from tests.oracle import difference
+
+# Every axis of the model can be cut into eight.
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+    "vocab_size": 256,
+}
+METHODS = {
+    "lora": RunConfig(peft=Peft(rank=8, alpha=8.0)),
+    "int8": RunConfig(peft=Peft(rank=8, alpha=8.0), quant=Quant(format=("int8",))),
+    "full": RunConfig(peft=Peft(method="full")),
+}
+RATE = optax.constant_schedule(0.1)
+STEPS, ROWS, LENGTH = 5, 8, 32
+
+
+def arrangements() -> list[dict[str, int]]:
+    """Sizes of data, fsdp, sequence and tensor whose product is eight."""
+    names = ("data", "fsdp", "sequence", "tensor")
+    found = []
+    for cuts in range(4**3):  # which axis takes each of the three factors of two
+        owners = sorted(names[cuts // 4**i % 4] for i in range(3))
+        sizes = {name: 2 ** owners.count(name) for name in names}
+        found += [] if sizes in found else [sizes]
+    return found
+
+
+QUICK = [
+    {"data": 2, "fsdp": 2, "sequence": 1, "tensor": 2},
+    {"data": 1, "fsdp": 2, "sequence": 2, "tensor": 2},
+]
+
+
+@functools.cache
+def base() -> Any:
+    return oracle.checkpoint_of(oracle.hf_llama(**SIZES))
+
+
+def batches() -> list[TokenBatch]:
+    """[1, B, T] each: two packed examples a row, of uneven lengths, the first answers untrained."""
+    random = np.random.default_rng(0)
+    found = []
+    for _ in range(2):
+        rows = []
+        for _ in range(ROWS):
+            lengths = random.integers(4, LENGTH // 2, 2)
+            rows.append(
+                [
+                    TokenRow(random.integers(0, 256, n).astype(np.int32), np.arange(n) > 1)
+                    for n in lengths
+                ]
+            )
+        found.append(jax.tree.map(lambda leaf: leaf[None], stack_rows(rows, LENGTH)))
+    return found
+
+
+def trained(method: str, mesh: Mesh, **model: Any) -> tuple[build.Run, dict, list[float], Any]:
+    """The run, its trained parameters, the loss of each step and the state after the last."""
+    config = dataclasses.replace(
+        METHODS[method],
+        mesh=mesh,
+        model=Model(**{"layers": "scan", "remat": "full"} | model),
+        data=Data(train=("rows.jsonl",), max_seq_len=LENGTH),
+    )
+    devices = jax.devices()[: math.prod(mesh.axes().values())]
+    run = build.describe(config, make_mesh(mesh.axes(), devices), base())
+    values = build.fill_base(run, lambda done, total: None)
+    if run.adapter is not None:
+        values |= build.fill_adapter(run)
+    random = np.random.default_rng(1)
+    for name in sorted(values):
+        if name.endswith(".adapter.b"):
+            noise = random.normal(0, 0.1, values[name].shape).astype(np.float32)
+            values[name] = jax.device_put(noise, values[name].sharding)
+    tx = optax.sgd(RATE, momentum=0.9)
+    places = build.shardings(build.abstract_state(run, tx))
+    gradients = build.gradient_shardings(run)
+    step = make_train_step(
+        run.skeleton, run.objective, tx, RATE, 0, places, gradient_shardings=gradients
+    )
+    state = build.initial_state(run, tx, values)
+    frozen = {name: values[name] for name in run.frozen}
+    losses = []
+    for batch in itertools.islice(itertools.cycle(batches()), STEPS):
+        state, metrics = step(state, frozen, run.put(batch))
+        losses.append(float(metrics["loss"]))
+    return run, {n: np.asarray(x) for n, x in state.trainable.items()}, losses, state
+
+
+@functools.cache
+def alone(method: str) -> tuple[dict, list[float]]:
+    _, found, losses, _ = trained(method, Mesh(fsdp=1))
+    assert losses[-1] < losses[0]
+    return found, losses
+
+
+def check(method: str, mesh: Mesh, **model: Any) -> tuple[build.Run, Any]:
+    expected, losses = alone(method)
+    run, found, other_losses, state = trained(method, mesh, **model)
+    np.testing.assert_allclose(other_losses, losses, rtol=tolerances.SHARDED)
+    for name, array in expected.items():
+        assert difference(found[name], array) <= tolerances.SHARDED, name
+    return run, state
+
+
+def share(name: str, leaf: Any, mesh: Mesh) -> int:
+    """How many ways a matrix of the layers, or what an optimizer keeps of it, is to be cut.
+
+    An adapter's matrix has one axis of the kernel's two, so tensor shards may hold it whole.
+    """
+    whole = math.prod(leaf.shape) // math.prod(leaf.sharding.shard_shape(leaf.shape))
+    everywhere = mesh.stage * mesh.fsdp * mesh.sequence
+    if not name.endswith(".kernel"):
+        assert whole in (everywhere, everywhere * mesh.tensor), name
+        return whole
+    return everywhere * mesh.tensor
+
+
+def check_shares(run: build.Run, state: Any) -> None:
+    """Weights, adapters and optimizer state of the layers take 1/n of their memory."""
+    kept = {**run.frozen, **state.trainable}, state.opt_state[0].trace
+    counted = 0
+    for values in kept:
+        for name, value in values.items():
+            if len(run.skeleton.axes(name)) < 2 or not name.startswith("layers."):
+                continue
+            leaf = value.codes if isinstance(value, QArray) else value
+            local = math.prod(leaf.sharding.shard_shape(leaf.shape))
+            assert local * share(name, leaf, run.config.mesh) == math.prod(leaf.shape), name
+            counted += 1
+    assert counted >= 14
+
+
+@pytest.mark.parametrize("mesh", QUICK, ids=str)
+def test_meshes_train_like_one_device(mesh: dict[str, int]):
+    check_shares(*check("lora", Mesh(**mesh)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("mesh", arrangements(), ids=str)
+def test_all_meshes_train_like_one_device(mesh: dict[str, int], method: str):
+    check_shares(*check(method, Mesh(**mesh)))
+
+
+@pytest.mark.parametrize("context_parallel", ["ring", "ulysses"])
+def test_both_ways_across_the_sequence_axis(context_parallel: str):
+    check("lora", Mesh(fsdp=1, sequence=4), context_parallel=context_parallel)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_sharding_stages_keep_what_they_say_whole(stage: int):
+    run, state = check("full", Mesh(fsdp=4, tensor=2, sharding_stage=stage))
+    name = "layers.0.mlp.up_proj.kernel"
+    parameter, kept = state.trainable[name], state.opt_state[0].trace[name]
+    assert parameter.size == 2 * parameter.addressable_shards[0].data.size
+    assert kept.size == 8 * kept.addressable_shards[0].data.size
+    gradients = build.gradient_shardings(run)
+    assert (gradients is None) == (stage == 1)
