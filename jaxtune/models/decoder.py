@@ -21,7 +21,7 @@ from jaxtune.nn.norm import RMSNorm
 from jaxtune.nn.params import Policy
 from jaxtune.nn.rope import Rope, rope_table
 from jaxtune.nn.stack import make_stacks, scan_layers, stack_sizes
-from jaxtune.sharding.rules import constrained
+from jaxtune.sharding.rules import constrained, moved
 
 # Axes of activations [B, T, D], inside a layer and between them.
 TOKENS = ("batch", "length", None)
@@ -82,10 +82,11 @@ class Block(nnx.Module):
         self, x: jax.Array, rope: tuple, segments: tuple, cache: tuple | None
     ) -> tuple[jax.Array, tuple | None]:
         mesh = self.policy.mesh
-        y, cache = self.attn(constrained(self.attn_norm(x), TOKENS, mesh), rope, segments, cache)
-        x = constrained(x + y, RESIDUAL, mesh)
-        y = self.mlp(constrained(self.mlp_norm(x), TOKENS, mesh))
-        return constrained(x + y, RESIDUAL, mesh), cache
+        normed = moved(self.attn_norm(x), RESIDUAL, TOKENS, mesh)
+        y, cache = self.attn(normed, rope, segments, cache)
+        x = x + moved(y, TOKENS, RESIDUAL, mesh)
+        y = self.mlp(moved(self.mlp_norm(x), RESIDUAL, TOKENS, mesh))
+        return x + moved(y, TOKENS, RESIDUAL, mesh), cache
 
 
 class Decoder(nnx.Module):
@@ -146,7 +147,7 @@ class Decoder(nnx.Module):
                 segment_ids=append(cache.segment_ids, segment_ids, length, 1),
                 length=length + tokens.shape[1],
             )
-        return constrained(self.norm(x), TOKENS, self.policy.mesh), cache
+        return moved(self.norm(x), RESIDUAL, TOKENS, self.policy.mesh), cache
 
     def head(self) -> tuple[jax.Array, bool]:
         """The output matrix, and whether it is [V, D] (a tied table) instead of [D, V]."""

@@ -123,6 +123,21 @@ def constrained(x: jax.Array, axes: Axes, mesh: Mesh | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, sharding(x.shape, axes, mesh))
 
 
+def moved(x: jax.Array, before: Axes, after: Axes, mesh: Mesh | None) -> jax.Array:
+    """An activation brought to another sharding, and its cotangent back to the first.
+
+    `constrained` would leave the cotangent where the result is: sums over shards that the backward
+    pass could scatter would be made whole first.
+    """
+
+    @jax.custom_vjp
+    def move(x: jax.Array) -> jax.Array:
+        return constrained(x, after, mesh)
+
+    move.defvjp(lambda x: (move(x), None), lambda _, g: (constrained(g, before, mesh),))
+    return x if mesh is None or mesh.size == 1 else move(x)
+
+
 def placed(
     skeleton: Skeleton, mesh: Mesh, *, sharding_stage: int = 3, strict: bool = False
 ) -> dict[str, Any]:
