@@ -69,7 +69,7 @@ class Linear(nnx.Module):
         weight = self.kernel.get_value()
         if self.policy.offload_frozen:
             weight = fetched(weight, self.axes, self.policy.mesh)
-        return gathered(weight, self.axes, self.policy.mesh)
+        return self._gathered(weight, self.axes)
 
     def low_rank(self, x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
         """x a b: [..., D_in] -> [..., D_out]."""
@@ -78,8 +78,11 @@ class Linear(nnx.Module):
 
     def _gathered_pair(self, a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
         in_axis, out_axis = self.axes
-        mesh = self.policy.mesh
-        return gathered(a, (in_axis, None), mesh), gathered(b, (None, out_axis), mesh)
+        return self._gathered(a, (in_axis, None)), self._gathered(b, (None, out_axis))
+
+    def _gathered(self, weight: Any, axes: tuple[str | None, str | None]) -> Any:
+        policy = self.policy
+        return gathered(weight, axes, policy.mesh, scatter=policy.sharding_stage > 1)
 
     def add_bias(self, y: jax.Array) -> jax.Array:
         """Adds the bias, if the layer has one."""

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxtune.errors import ConfigError
@@ -130,12 +131,9 @@ def moved(x: jax.Array, before: Axes, after: Axes, mesh: Mesh | None) -> jax.Arr
     pass could scatter would be made whole first.
     """
 
-    @jax.custom_vjp
-    def move(x: jax.Array) -> jax.Array:
-        return constrained(x, after, mesh)
-
-    move.defvjp(lambda x: (move(x), None), lambda _, g: (constrained(g, before, mesh),))
-    return x if mesh is None or mesh.size == 1 else move(x)
+    if mesh is None or mesh.size == 1:
+        return x
+    return _constrained(x, spec(x.shape, after, mesh), spec(x.shape, before, mesh), mesh)
 
 
 def placed(
@@ -177,7 +175,7 @@ def fetched(value: jax.Array, axes: Axes, mesh: Mesh | None) -> jax.Array:
     return jax.shard_map(fetch, mesh=mesh, in_specs=part, out_specs=part)(value)
 
 
-def gathered(value: Any, axes: Axes, mesh: Mesh | None) -> Any:
+def gathered(value: Any, axes: Axes, mesh: Mesh | None, *, scatter: bool = True) -> Any:
     """A weight, as an array or quantized, with its shards of the `GATHERED` axes brought together.
 
     Called inside a layer: without it the partitioner may move activations instead, and sends
@@ -187,12 +185,14 @@ def gathered(value: Any, axes: Axes, mesh: Mesh | None) -> Any:
         value: the weight of one layer.
         axes: logical names of its axes.
         mesh: None: one device.
+        scatter: whether its gradient is cut into the shards again; else it stays whole.
     """
     if mesh is None or all(mesh.shape.get(a, 1) == 1 for a in GATHERED):
         return value
 
     def gather(leaf: jax.Array, part: PartitionSpec) -> jax.Array:
-        return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, _without_gathered(part)))
+        whole = _without_gathered(part)
+        return _constrained(leaf, whole, part if scatter else whole, mesh)
 
     return jax.tree.map(gather, value, specs(value, axes, mesh))
 
@@ -209,6 +209,20 @@ def gathered_specs(value: Any, axes: Axes, mesh: Mesh) -> Any:
 def _without_gathered(part: PartitionSpec) -> PartitionSpec:
     named = [(axes,) if isinstance(axes, str) else axes or () for axes in part]
     return PartitionSpec(*(tuple(a for a in axes if a not in GATHERED) or None for axes in named))
+
+
+def _constrained(x: jax.Array, to: PartitionSpec, back: PartitionSpec, mesh: Mesh) -> jax.Array:
+    """x where `to` says, its cotangent where `back` says."""
+
+    def constrain(x: jax.Array, part: PartitionSpec) -> jax.Array:
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, part))
+
+    @jax.custom_vjp
+    def move(x: jax.Array) -> jax.Array:
+        return constrain(x, to)
+
+    move.defvjp(lambda x: (constrain(x, to), None), lambda _, g: (constrain(g, back),))
+    return move(x) if jnp.issubdtype(x.dtype, jnp.inexact) else constrain(x, to)
 
 
 def batch_shards(mesh: Mesh) -> int:
