@@ -75,9 +75,9 @@ class Run:
 
     def put(self, batch: Any) -> Any:
         """A host batch of [A, B, T] or [B, T] arrays on the devices, its rows over the shards."""
-        axes = ("batch", "length")
 
         def put_one(array: np.ndarray) -> jax.Array:
+            axes = (None, "batch", "length")[-array.ndim :]
             return batch_to_device(array, rules.sharding(array.shape, axes, self.mesh, "batch"))
 
         return jax.tree.map(put_one, batch)
@@ -127,7 +127,7 @@ def describe(config: RunConfig, mesh: Mesh, checkpoint: Checkpoint) -> Run:
         require_host_memory(mesh, "optim.offload")
     family, model_config = models.read_config(checkpoint.config, checkpoint.name)
     policy = resolve_policy(config, model_config, mesh)
-    stacks = stack_sizes(model_config.num_layers, policy.layers)
+    stacks = stack_sizes(model_config.num_layers, policy)
 
     def build_dense() -> nnx.Module:
         return family.build(model_config, policy, nnx.Rngs(0))
@@ -160,6 +160,8 @@ def describe(config: RunConfig, mesh: Mesh, checkpoint: Checkpoint) -> Run:
         sharding_stage=config.mesh.sharding_stage,
         strict=config.mesh.indivisible == "error",
     )
+    if policy.chunks > 1:
+        _require_equal_chunks(shapes, policy.chunks)
     learning = set(shapes) if adapter is None else skeleton.select(AdapterParam)
     frozen = {name: leaf for name, leaf in shapes.items() if name not in learning}
     if policy.offload_frozen:
@@ -184,6 +186,22 @@ def describe(config: RunConfig, mesh: Mesh, checkpoint: Checkpoint) -> Run:
             cross_entropy=loss_implementation(config.model, mesh),
         ),
     )
+
+
+def _require_equal_chunks(shapes: Params, chunks: int) -> None:
+    """Raises ConfigError if the stacks of layers differ in their variables."""
+    kinds: dict[str, list[Any]] = {}
+    for path, leaf in shapes.items():
+        stack, name = hf.split_path(path)
+        if stack is not None:
+            parts = [(part.shape, part.dtype) for part in jax.tree.leaves(leaf)]
+            kinds.setdefault(name, []).append((jax.tree.structure(leaf), parts))
+    unlike = [name for name, found in kinds.items() if found != [found[0]] * chunks]
+    if unlike:
+        raise ConfigError(
+            f"config.train.pipeline_chunks={chunks}: {unlike[0]} is not alike in all chunks - let "
+            "peft and quant options choose layers by name, not by index, or use one chunk"
+        )
 
 
 def with_remat(run: Run, remat: str) -> Run:

@@ -104,7 +104,8 @@ def _search(
     for name in REMAT:
         if name == "offload" and device.platform == "cpu":
             continue  # its memory is the host's
-        if run.policy.offload_frozen and name not in FETCHING:
+        fetches = run.policy.offload_frozen or run.policy.chunks > 1
+        if fetches and name not in FETCHING:
             continue
         candidate = run if name == run.policy.remat else build.with_remat(run, name)
         step = _step(candidate, tx, schedule)
@@ -159,7 +160,7 @@ def abstract_batch(run: build.Run) -> TokenBatch:
     train = run.config.train
     rows = train.micro_batch_size * rules.batch_shards(run.mesh)
     shape = (train.gradient_accumulation_steps, rows, run.config.data.max_seq_len)
-    where = rules.sharding(shape, ("batch", "length"), run.mesh)
+    where = rules.sharding(shape, (None, "batch", "length"), run.mesh)
     kinds = {field.name: jnp.int32 for field in dataclasses.fields(TokenBatch)}
     kinds["weights"] = jnp.float32
     leaves: Any = {

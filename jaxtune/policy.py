@@ -9,6 +9,7 @@ from jaxtune.data.loader import LENGTH_STEP
 from jaxtune.errors import ConfigError
 from jaxtune.nn.params import Policy, suited_policy
 from jaxtune.schema import Model, RunConfig
+from jaxtune.sharding import pipeline
 from jaxtune.sharding.mesh import require_host_memory
 
 # Implementations that exist on one platform only.
@@ -40,12 +41,34 @@ def resolve_policy(config: RunConfig, model_config: Any, mesh: Mesh) -> Policy:
     if model.offload_frozen:
         require_host_memory(mesh, "model.offload_frozen")
     names = [f.name for f in dataclasses.fields(Policy) if hasattr(model, f.name)]
-    chosen = {name: getattr(model, name) for name in names if getattr(model, name) != "auto"}
+    chosen = _cut_for_pipeline(config, model_config.num_layers, mesh)
+    chosen |= {name: getattr(model, name) for name in names if getattr(model, name) != "auto"}
     if config.peft.method == "full":
         chosen["param_dtype"] = "float32"
     chosen["sharding_stage"] = config.mesh.sharding_stage
     chosen["context_parallel"] = _context_parallel(config, model_config, mesh)
     return suited_policy(platform, mesh=mesh, **chosen)
+
+
+def _cut_for_pipeline(config: RunConfig, num_layers: int, mesh: Mesh) -> dict[str, Any]:
+    """The fields of the policy by which layers and rows are cut for a pipeline's stages."""
+    train, stages = config.train, pipeline.num_stages(mesh)
+    if num_layers % (stages * train.pipeline_chunks):
+        raise ConfigError(
+            f"config.mesh.stage={stages} x train.pipeline_chunks={train.pipeline_chunks} does not "
+            f"divide the model's {num_layers} layers - use numbers whose product does"
+        )
+    if stages > 1 and config.model.layers == "unroll":
+        raise ConfigError(
+            "config.model.layers=unroll has no stack of layers that mesh.stage could cut - leave "
+            "it at auto"
+        )
+    rows = {"train.micro_batch_size": train.micro_batch_size}
+    if config.data.eval or config.data.eval_fraction:
+        rows["eval.batch_size"] = config.eval.batch_size
+    parts = pipeline.choose_micro_batches(train.pipeline_micro_batches, mesh, rows)
+    cut = {"chunks": train.pipeline_chunks, "micro_batches": parts}
+    return cut | ({"layers": "scan"} if stages > 1 else {})
 
 
 def _context_parallel(config: RunConfig, model_config: Any, mesh: Mesh) -> str:

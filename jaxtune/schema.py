@@ -8,7 +8,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-FETCHING = ("dots", "full")  # what model.remat may be if weights come from host memory
+# What model.remat may be if a layer's weights are brought to it, from host memory or a chunk.
+FETCHING = ("dots", "full")
 QUANT_FORMATS = ("int8", "int8_block", "int4", "nf4", "fp4")
 
 
@@ -255,6 +256,18 @@ class Train:
     num_epochs: float = _field(1.0, "passes over the training data", low=0.0)
     micro_batch_size: int = _field(4, "rows per data shard in one forward pass", low=1)
     gradient_accumulation_steps: int = _field(1, "forward passes per optimizer step", low=1)
+    pipeline_micro_batches: int = _field(
+        0,
+        "parts of micro_batch_size that follow each other through the stages of mesh.stage, a "
+        "multiple of their number: with more the stages wait less; 0: as many as stages",
+        low=0,
+    )
+    pipeline_chunks: int = _field(
+        1,
+        "separate parts of the layers that each stage of mesh.stage holds: with more the stages "
+        "wait less and exchange more; kept in checkpoints, so resume with the same",
+        low=1,
+    )
     max_bad_steps: int = _field(
         5, "consecutive non-finite steps (each skipped) before the run stops", low=1
     )

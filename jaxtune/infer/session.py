@@ -205,7 +205,7 @@ def _open(
     family, config = models.read_config(checkpoint.config, checkpoint.name)
     platform = mesh.devices.flat[0].platform
     policy = suited_policy(platform, mesh=mesh, compute_dtype=dtype, remat="none")
-    stacks = stack_sizes(config.num_layers, policy.layers)
+    stacks = stack_sizes(config.num_layers, policy)
 
     def build(adapter: Adapter | None = None) -> nnx.Module:
         model = family.build(config, policy, nnx.Rngs(0))

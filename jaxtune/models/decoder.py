@@ -21,11 +21,14 @@ from jaxtune.nn.norm import RMSNorm
 from jaxtune.nn.params import Policy
 from jaxtune.nn.rope import Rope, rope_table
 from jaxtune.nn.stack import make_stacks, scan_layers, stack_sizes
-from jaxtune.sharding.rules import constrained, moved
-
-# Axes of activations [B, T, D], inside a layer and between them.
-TOKENS = ("batch", "length", None)
-RESIDUAL = ("batch", "residual_length", None)
+from jaxtune.sharding.rules import (
+    OUTER_RESIDUAL,
+    OUTER_TOKENS,
+    RESIDUAL,
+    TOKENS,
+    constrained,
+    moved,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +98,7 @@ class Decoder(nnx.Module):
     def __init__(self, config: DecoderConfig, policy: Policy, rngs: nnx.Rngs):
         self.config = config
         self.policy = policy
-        self.stacks = stack_sizes(config.num_layers, policy.layers)
+        self.stacks = stack_sizes(config.num_layers, policy)
         self.embed = Embed(config.vocab_size, config.hidden_size, policy=policy, rngs=rngs)
         self.layers = make_stacks(functools.partial(Block, config, policy), self.stacks, rngs)
         self.norm = RMSNorm(config.hidden_size, config.norm_eps, policy=policy)
@@ -128,16 +131,13 @@ class Decoder(nnx.Module):
         if cache is not None:
             key_segments, caches = cache.segment_ids, list(zip(cache.k, cache.v, strict=True))
 
-        def apply(block: Block, x: jax.Array, slots: Any) -> tuple[jax.Array, Any]:
-            return block(x, rope, (segment_ids, key_segments), slots)
+        def apply(block: Block, x: jax.Array, rows: tuple, slots: Any) -> tuple[jax.Array, Any]:
+            rope, segments = rows
+            return block(x, rope, segments, slots)
 
-        x, new = scan_layers(
-            self.layers,
-            constrained(self.embed(tokens), RESIDUAL, self.policy.mesh),
-            apply,
-            caches,
-            remat=self.policy.remat,
-        )
+        x = constrained(self.embed(tokens), OUTER_RESIDUAL, self.policy.mesh)
+        rows = (rope, (segment_ids, key_segments))
+        x, new = scan_layers(self.layers, x, rows, apply, caches, self.policy)
         if cache is not None and segment_ids is not None:
             # Once, after all layers: XLA copies a buffer that is read and written in one layer.
             length = cache.length
@@ -147,7 +147,7 @@ class Decoder(nnx.Module):
                 segment_ids=append(cache.segment_ids, segment_ids, length, 1),
                 length=length + tokens.shape[1],
             )
-        return moved(self.norm(x), RESIDUAL, TOKENS, self.policy.mesh), cache
+        return moved(self.norm(x), OUTER_RESIDUAL, OUTER_TOKENS, self.policy.mesh), cache
 
     def head(self) -> tuple[jax.Array, bool]:
         """The output matrix, and whether it is [V, D] (a tied table) instead of [D, V]."""

@@ -10,6 +10,7 @@ from jaxtune import ops
 from jaxtune.nn.linear import Linear
 from jaxtune.nn.params import Policy
 from jaxtune.ops.attention import Mask, make_operands
+from jaxtune.sharding.mesh import on_shards
 from jaxtune.sharding.rules import spec
 
 
@@ -128,10 +129,5 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, policy: Policy)
 
     crossing = {"ring": ring, "ulysses": ulysses}[policy.context_parallel]
     rows = jax.tree.map(lambda _: PartitionSpec(batch, length), mask)
-    return jax.shard_map(
-        call if length is None else crossing,
-        mesh=mesh,
-        in_specs=(cut, cut, cut, rows),
-        out_specs=cut,
-        check_vma=False,
-    )(q, k, v, mask)
+    function = call if length is None else crossing
+    return on_shards(function, mesh, (cut, cut, cut, rows), cut)(q, k, v, mask)

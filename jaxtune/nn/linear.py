@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec
 from jaxtune import ops
 from jaxtune.nn.params import Policy
 from jaxtune.quant import QArray, decode_scale
+from jaxtune.sharding.mesh import on_shards
 from jaxtune.sharding.rules import fetched, gathered, gathered_specs, spec
 from jaxtune.tree import path_name
 
@@ -123,13 +124,8 @@ def _mapped_product(
         y = ops.matmul(x, weight, implementation=policy.matmul)
         return y if rows is None else jax.lax.psum(y, rows)
 
-    return jax.shard_map(
-        multiply,
-        mesh=mesh,
-        in_specs=(PartitionSpec(*leading, rows), weight_specs),
-        out_specs=PartitionSpec(*leading, columns),
-        check_vma=False,
-    )(x, weight)
+    in_specs = (PartitionSpec(*leading, rows), weight_specs)
+    return on_shards(multiply, mesh, in_specs, PartitionSpec(*leading, columns))(x, weight)
 
 
 def linears(model: nnx.Module) -> Iterator[tuple[str, Linear]]:

@@ -41,6 +41,8 @@ class Policy:
         sharding_stage: 3, or less: parameters are whole along the axes of `rules.GATHERED`.
         context_parallel: how attention crosses the mesh's sequence axis: "ring" or "ulysses".
         mesh: the devices, over whose axes weights are gathered and kernels mapped; None: one.
+        micro_batches: parts of the rows that follow each other through the mesh's stages.
+        chunks: stacks of a scanned model; every stage has a part of each.
     """
 
     param_dtype: DTypeLike = jnp.float32
@@ -54,6 +56,8 @@ class Policy:
     sharding_stage: int = 3
     context_parallel: str = "ring"
     mesh: Mesh | None = None
+    micro_batches: int = 1
+    chunks: int = 1
 
 
 _ATTENTION = {"tpu": "pallas_tpu", "gpu": "pallas_gpu", "cuda": "pallas_gpu"}
@@ -70,7 +74,8 @@ def suited_policy(platform: str, **chosen: Any) -> Policy:
     given = {name: value for name, value in chosen.items() if value is not None}
     compute = jnp.dtype(given.get("compute_dtype", "float32" if on_cpu else "bfloat16"))
     # XLA for CPU converts a whole bfloat16 stack to float32 and back at every layer of a scan.
-    stays = not given.get("offload_frozen")  # fetched weights must not be kept, and come in a scan
+    # Weights that are fetched or picked must not be kept, and come in a scan.
+    stays = not given.get("offload_frozen") and given.get("chunks", 1) == 1
     layers = "unroll" if on_cpu and compute == jnp.bfloat16 and stays else "scan"
     fields: dict[str, Any] = {
         "compute_dtype": compute,

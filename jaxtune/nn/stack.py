@@ -1,4 +1,4 @@
-"""Stacks of equal layers: the one place that chooses between scan and unrolling, and remat.
+"""Stacks of equal layers: the one place that chooses scan, unrolling or pipeline, and remat.
 
 A stack is a block whose parameters have a leading axis over its layers. A model holds a list of
 stacks: one of all layers when scanned (compile time does not grow with depth, temporaries of one
@@ -11,14 +11,19 @@ from typing import Any
 
 import jax
 from flax import nnx
+from jax.sharding import Mesh
+
+from jaxtune.nn.params import Policy
+from jaxtune.sharding import pipeline
 
 # From the fastest to the leanest; "offload" keeps what "dots" keeps, in host memory.
 REMAT = ("none", "attention", "dots", "offload", "full")
 
 
-def stack_sizes(num_layers: int, layers: str) -> tuple[int, ...]:
-    """Layers in each stack for the layout "scan" or "unroll"."""
-    return (num_layers,) if layers == "scan" else (1,) * num_layers
+def stack_sizes(num_layers: int, policy: Policy) -> tuple[int, ...]:
+    """Layers in each stack: of a scanned model, equal chunks."""
+    stacks = policy.chunks if policy.layers == "scan" else num_layers
+    return (num_layers // stacks,) * stacks
 
 
 def make_stacks(
@@ -36,41 +41,70 @@ def make_stacks(
 def scan_layers(
     stacks: Sequence[nnx.Module],
     x: jax.Array,
-    apply: Callable[[Any, jax.Array, Any], tuple[jax.Array, Any]],
+    rows: Any,
+    apply: Callable[[Any, jax.Array, Any, Any], tuple[jax.Array, Any]],
     caches: Sequence[Any] | None,
-    *,
-    remat: str,
+    policy: Policy,
 ) -> tuple[jax.Array, list[Any]]:
     """Sends x [B, T, D] through all layers.
 
     Args:
         stacks: blocks with leading layer axes.
         x: input of the first layer.
-        apply: (block, x, cache of the layer) -> (x, new cache of the layer).
+        rows: a tree of arrays [B, ...] that go with the rows of x.
+        apply: (block, x, rows, cache of the layer) -> (x, new cache of the layer).
         caches: per stack, a tree with leading layer axes; None without a cache.
-        remat: what the backward pass recomputes, one of `REMAT`.
+        policy: says what the backward pass recomputes, and over which stages layers are spread.
 
     Returns:
         The last layer's output, and the new caches of each stack.
     """
-    caches = [None] * len(stacks) if caches is None else caches
+    graphdefs, params = zip(*(nnx.split(blocks) for blocks in stacks), strict=True)
+    given = list(zip(params, [None] * len(stacks) if caches is None else caches, strict=True))
+    if policy.mesh is not None and _is_staged(params, policy.mesh):
+
+        def stage(chunks: Any, turn: jax.Array, x: jax.Array, rows: Any) -> tuple[jax.Array, Any]:
+            def layer(x: jax.Array, candidates: Any) -> tuple[jax.Array, Any]:
+                params, cache = _chosen(candidates, turn)
+                return apply(nnx.merge(graphdefs[0], params), x, rows, cache)
+
+            return _in_turn(layer, x, chunks, policy.remat)
+
+        micro_batches = policy.micro_batches if caches is None else 1
+        return pipeline.run(stage, given, x, rows, mesh=policy.mesh, micro_batches=micro_batches)
     new_caches = []
-    for blocks, cache in zip(stacks, caches, strict=True):
-        graphdef, params = nnx.split(blocks)
+    for graphdef, stack in zip(graphdefs, given, strict=True):
 
         def layer(x: jax.Array, params_and_cache: tuple, graphdef: Any = graphdef) -> tuple:
             params, cache = params_and_cache
-            return apply(nnx.merge(graphdef, params), x, cache)
+            return apply(nnx.merge(graphdef, params), x, rows, cache)
 
-        num_layers = jax.tree.leaves(params)[0].shape[0]
-        layer = _rematerialized(layer, remat, scanned=num_layers > 1)
-        if num_layers == 1:
-            x, new = layer(x, jax.tree.map(lambda leaf: leaf[0], (params, cache)))
-            new = jax.tree.map(lambda leaf: leaf[None], new)
-        else:
-            x, new = jax.lax.scan(layer, x, (params, cache))
+        x, new = _in_turn(layer, x, stack, policy.remat)
         new_caches.append(new)
     return x, new_caches
+
+
+def _is_staged(params: Sequence[Any], mesh: Mesh) -> bool:
+    """Whether stacks are spread over stages; one that they do not divide is whole on each."""
+    stages = pipeline.num_stages(mesh)
+    return stages > 1 and jax.tree.leaves(params[0])[0].shape[0] % stages == 0
+
+
+def _chosen(candidates: Sequence[Any], turn: jax.Array) -> Any:
+    """The layer of one chunk. On its own, not in the loop: else every tick would keep its copy."""
+    if len(candidates) == 1:
+        return candidates[0]
+    return jax.tree.map(lambda *leaves: jax.lax.select_n(turn, *leaves), *candidates)
+
+
+def _in_turn(layer: Callable, x: jax.Array, given: Any, remat: str) -> tuple[jax.Array, Any]:
+    """One layer after the other; each takes its part of `given`, which has leading layer axes."""
+    num_layers = jax.tree.leaves(given)[0].shape[0]
+    layer = _rematerialized(layer, remat, scanned=num_layers > 1)
+    if num_layers > 1:
+        return jax.lax.scan(layer, x, given)
+    x, new = layer(x, jax.tree.map(lambda leaf: leaf[0], given))
+    return x, jax.tree.map(lambda leaf: leaf[None], new)
 
 
 def _rematerialized(layer: Callable, remat: str, *, scanned: bool) -> Callable:

@@ -53,6 +53,6 @@ def _shardings(
     if mesh is None or mesh.size == 1:
         return None
     axes = ("vocab", "embed") if transposed else ("embed", "vocab")
-    rows = rules.sharding(hidden.shape, ("batch", "length", None), mesh)
+    rows = rules.sharding(hidden.shape, rules.OUTER_TOKENS, mesh)
     place = rules.specs if policy.sharding_stage == 3 else rules.gathered_specs
     return rows, NamedSharding(mesh, place(weight, axes, mesh))

@@ -1,12 +1,12 @@
 """The device mesh, whose axes are those of `schema.Mesh`."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from jaxtune.errors import ConfigError
 
@@ -31,6 +31,25 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
     axis_types = (AxisType.Auto,) * len(resolved)
     shape = tuple(resolved.values())
     return Mesh(np.array(devices).reshape(shape), tuple(resolved), axis_types=axis_types)
+
+
+def current(mesh: Mesh) -> Mesh | AbstractMesh:
+    """The mesh to name here: inside a `shard_map` over some of its axes, the one that says so."""
+    here = jax.sharding.get_abstract_mesh()
+    return mesh if here.empty else here
+
+
+def on_shards(function: Callable, mesh: Mesh, in_specs: Any, out_specs: Any) -> Callable:
+    """`jax.shard_map` over all axes of the mesh that a surrounding one has left."""
+    here = current(mesh)
+    return jax.shard_map(
+        function,
+        mesh=here,
+        axis_names=set(here.auto_axes),
+        in_specs=in_specs,
+        out_specs=out_specs,
+        check_vma=False,
+    )
 
 
 def require_host_memory(mesh: Mesh, option: str) -> None:

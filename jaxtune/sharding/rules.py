@@ -1,7 +1,8 @@
 """The one table from logical axes to mesh axes.
 
-A parameter names its trailing axes; leading axes are stacks of layers and stay whole. An axis that
-a mesh axis does not divide is not cut along it; `spec` says so if it is told the parameter's name.
+A parameter names its trailing axes; the axis before those is a stack's, over its layers. An axis
+that a mesh axis does not divide is not cut along it; `spec` says so if it is told the parameter's
+name.
 """
 
 import dataclasses
@@ -18,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtune.errors import ConfigError
 from jaxtune.quant import NestedScale, QArray
 from jaxtune.quant.qarray import PACK_ROWS
+from jaxtune.sharding.mesh import current, on_shards
 from jaxtune.tree import Skeleton
 
 Axes = tuple[str | None, ...]
@@ -27,18 +29,27 @@ Rules = Mapping[str, tuple[str, ...]]
 GATHERED = ("fsdp", "sequence")
 
 RULES: Rules = {
-    # Of activations: rows, tokens, tokens between attention and MLP, key heads.
+    # Of activations: rows in the layers, rows before and after, tokens in attention and MLP,
+    # tokens between them, key heads.
     "batch": ("data", "fsdp"),
+    "row": ("data", "fsdp", "stage"),
     "length": ("sequence",),
     "residual_length": ("sequence", "tensor"),
     "key_heads": ("tensor",),
     # Of parameters.
+    "layers": ("stage",),
     "embed": GATHERED,
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "mlp": ("tensor",),
     "vocab": ("tensor",),
 }
+
+# Axes of activations [B, T, D]: inside a layer and between them; the same before and after all.
+TOKENS: Axes = ("batch", "length", None)
+RESIDUAL: Axes = ("batch", "residual_length", None)
+OUTER_TOKENS: Axes = ("row", "length", None)
+OUTER_RESIDUAL: Axes = ("row", "residual_length", None)
 
 # Where no other axis of a parameter takes them: adapters have matrices without "embed".
 SPARE: Rules = dict.fromkeys(("heads", "kv_heads", "mlp"), GATHERED)
@@ -49,11 +60,11 @@ _log = logging.getLogger(__name__)
 def spec(
     shape: tuple[int, ...], axes: Axes, mesh: Mesh, name: str = "", *, strict: bool = False
 ) -> PartitionSpec:
-    """Where the trailing dimensions named `axes` of an array lie on the mesh.
+    """Where an array lies on the mesh.
 
     Args:
         shape: of the array.
-        axes: logical names of its last dimensions.
+        axes: logical names of its dimensions, without that of a stack of layers.
         mesh: the devices.
         name: of a parameter; a mesh axis that does not divide it is logged.
         strict: raise instead.
@@ -61,10 +72,10 @@ def spec(
     Raises:
         ConfigError: a mesh axis does not divide an axis, and that is an error.
     """
-    sizes = shape[len(shape) - len(axes) :]
+    axes = ("layers", *axes) if len(shape) > len(axes) else axes
     parts: list[tuple[str, ...]] = [()] * len(axes)
     for rules in (RULES, SPARE):
-        for i, (size, axis) in enumerate(zip(sizes, axes, strict=True)):
+        for i, (size, axis) in enumerate(zip(shape, axes, strict=True)):
             for mesh_axis in rules.get(axis or "", ()):
                 count = mesh.shape.get(mesh_axis, 1)
                 if count == 1 or any(mesh_axis in part for part in parts):
@@ -73,7 +84,7 @@ def spec(
                     parts[i] += (mesh_axis,)
                 elif name and rules is RULES:
                     _not_cut(f"{name}: axis {axis}={size}", f"mesh.{mesh_axis}={count}", strict)
-    return PartitionSpec(*[None] * (len(shape) - len(axes)), *(part or None for part in parts))
+    return PartitionSpec(*(part or None for part in parts))
 
 
 def _not_cut(what: str, by: str, strict: bool) -> None:
@@ -121,7 +132,12 @@ def constrained(x: jax.Array, axes: Axes, mesh: Mesh | None) -> jax.Array:
     """An activation, told where it lies; None: one device."""
     if mesh is None or mesh.size == 1:
         return x
-    return jax.lax.with_sharding_constraint(x, sharding(x.shape, axes, mesh))
+    return _placed(x, spec(x.shape, axes, mesh), mesh)
+
+
+def _placed(x: jax.Array, part: PartitionSpec, mesh: Mesh) -> jax.Array:
+    where = NamedSharding(current(mesh), part)  # pyright: ignore[reportArgumentType]
+    return jax.lax.with_sharding_constraint(x, where)
 
 
 def moved(x: jax.Array, before: Axes, after: Axes, mesh: Mesh | None) -> jax.Array:
@@ -172,7 +188,7 @@ def fetched(value: jax.Array, axes: Axes, mesh: Mesh | None) -> jax.Array:
     if mesh is None:
         return fetch(value)
     part = spec(value.shape, axes, mesh)
-    return jax.shard_map(fetch, mesh=mesh, in_specs=part, out_specs=part)(value)
+    return on_shards(fetch, mesh, part, part)(value)
 
 
 def gathered(value: Any, axes: Axes, mesh: Mesh | None, *, scatter: bool = True) -> Any:
@@ -214,15 +230,12 @@ def _without_gathered(part: PartitionSpec) -> PartitionSpec:
 def _constrained(x: jax.Array, to: PartitionSpec, back: PartitionSpec, mesh: Mesh) -> jax.Array:
     """x where `to` says, its cotangent where `back` says."""
 
-    def constrain(x: jax.Array, part: PartitionSpec) -> jax.Array:
-        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, part))
-
     @jax.custom_vjp
     def move(x: jax.Array) -> jax.Array:
-        return constrain(x, to)
+        return _placed(x, to, mesh)
 
-    move.defvjp(lambda x: (constrain(x, to), None), lambda _, g: (constrain(g, back),))
-    return move(x) if jnp.issubdtype(x.dtype, jnp.inexact) else constrain(x, to)
+    move.defvjp(lambda x: (_placed(x, to, mesh), None), lambda _, g: (_placed(g, back, mesh),))
+    return move(x) if jnp.issubdtype(x.dtype, jnp.inexact) else _placed(x, to, mesh)
 
 
 def batch_shards(mesh: Mesh) -> int:
