@@ -4,6 +4,8 @@ import dataclasses
 import functools
 import itertools
 import math
+import re
+import zlib
 from typing import Any
 
 import jax
@@ -16,7 +18,7 @@ from jaxtune.data import TokenBatch
 from jaxtune.data.batch import TokenRow
 from jaxtune.data.packing import stack_rows
 from jaxtune.quant import QArray
-from jaxtune.schema import Data, Mesh, Model, Peft, Quant, RunConfig
+from jaxtune.schema import Data, Mesh, Model, Peft, Quant, RunConfig, Train
 from jaxtune.sharding.mesh import make_mesh
 from jaxtune.step import make_train_step
 from tests import oracle, tolerances
@@ -41,11 +43,10 @@ STEPS, ROWS, LENGTH = 5, 8, 32
 
 
 def arrangements() -> list[dict[str, int]]:
-    """Sizes of data, fsdp, sequence and tensor whose product is eight."""
-    names = ("data", "fsdp", "sequence", "tensor")
+    """Sizes of the mesh's axes whose product is eight."""
+    names = tuple(Mesh().axes())
     found = []
-    for cuts in range(4**3):  # which axis takes each of the three factors of two
-        owners = sorted(names[cuts // 4**i % 4] for i in range(3))
+    for owners in itertools.product(names, repeat=3):  # who takes each factor of two
         sizes = {name: 2 ** owners.count(name) for name in names}
         found += [] if sizes in found else [sizes]
     return found
@@ -54,6 +55,7 @@ def arrangements() -> list[dict[str, int]]:
 QUICK = [
     {"data": 2, "fsdp": 2, "sequence": 1, "tensor": 2},
     {"data": 1, "fsdp": 2, "sequence": 2, "tensor": 2},
+    {"stage": 2, "fsdp": 2, "tensor": 2},
 ]
 
 
@@ -80,24 +82,38 @@ def batches() -> list[TokenBatch]:
     return found
 
 
-def trained(method: str, mesh: Mesh, **model: Any) -> tuple[build.Run, dict, list[float], Any]:
+def joined(params: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Parameters of the layers as those of one stack."""
+    found: dict[str, list[np.ndarray]] = {}
+    for name in sorted(params):
+        found.setdefault(re.sub(r"^layers\.\d+", "layers.0", name), []).append(params[name])
+    return {name: np.concatenate(parts) for name, parts in found.items()}
+
+
+def trained(
+    method: str, mesh: Mesh, train: Any = None, **model: Any
+) -> tuple[build.Run, dict, list[float], Any]:
     """The run, its trained parameters, the loss of each step and the state after the last."""
     config = dataclasses.replace(
         METHODS[method],
         mesh=mesh,
         model=Model(**{"layers": "scan", "remat": "full"} | model),
         data=Data(train=("rows.jsonl",), max_seq_len=LENGTH),
+        train=Train(micro_batch_size=ROWS // (mesh.data * mesh.fsdp), **train or {}),
     )
     devices = jax.devices()[: math.prod(mesh.axes().values())]
     run = build.describe(config, make_mesh(mesh.axes(), devices), base())
     values = build.fill_base(run, lambda done, total: None)
     if run.adapter is not None:
         values |= build.fill_adapter(run)
-    random = np.random.default_rng(1)
-    for name in sorted(values):
+    for name in values:
         if name.endswith(".adapter.b"):
-            noise = random.normal(0, 0.1, values[name].shape).astype(np.float32)
-            values[name] = jax.device_put(noise, values[name].sharding)
+            _, stack, rest = name.split(".", 2)
+            random = np.random.default_rng(zlib.crc32(rest.encode()))
+            size = values[name].shape
+            first = int(stack) * size[0]
+            noise = random.normal(0, 0.1, (sum(run.stacks), *size[1:]))[first : first + size[0]]
+            values[name] = jax.device_put(noise.astype(np.float32), values[name].sharding)
     tx = optax.sgd(RATE, momentum=0.9)
     places = build.shardings(build.abstract_state(run, tx))
     gradients = build.gradient_shardings(run)
@@ -110,7 +126,7 @@ def trained(method: str, mesh: Mesh, **model: Any) -> tuple[build.Run, dict, lis
     for batch in itertools.islice(itertools.cycle(batches()), STEPS):
         state, metrics = step(state, frozen, run.put(batch))
         losses.append(float(metrics["loss"]))
-    return run, {n: np.asarray(x) for n, x in state.trainable.items()}, losses, state
+    return run, joined({n: np.asarray(x) for n, x in state.trainable.items()}), losses, state
 
 
 @functools.cache
@@ -120,9 +136,9 @@ def alone(method: str) -> tuple[dict, list[float]]:
     return found, losses
 
 
-def check(method: str, mesh: Mesh, **model: Any) -> tuple[build.Run, Any]:
+def check(method: str, mesh: Mesh, train: Any = None, **model: Any) -> tuple[build.Run, Any]:
     expected, losses = alone(method)
-    run, found, other_losses, state = trained(method, mesh, **model)
+    run, found, other_losses, state = trained(method, mesh, train, **model)
     np.testing.assert_allclose(other_losses, losses, rtol=tolerances.SHARDED)
     for name, array in expected.items():
         assert difference(found[name], array) <= tolerances.SHARDED, name
@@ -167,6 +183,27 @@ def test_meshes_train_like_one_device(mesh: dict[str, int]):
 @pytest.mark.parametrize("mesh", arrangements(), ids=str)
 def test_all_meshes_train_like_one_device(mesh: dict[str, int], method: str):
     check_shares(*check(method, Mesh(**mesh)))
+
+
+# Stages, micro-batches and chunks; the method and what is recomputed.
+PIPELINES = [
+    ({"stage": 4, "fsdp": 2}, {"pipeline_chunks": 2}, "lora", "dots"),
+    ({"stage": 2}, {"pipeline_micro_batches": 8, "pipeline_chunks": 4}, "full", "full"),
+    ({"stage": 4}, {"pipeline_micro_batches": 8}, "int8", "none"),
+    ({"stage": 2, "tensor": 2}, {"pipeline_chunks": 2}, "int8", "full"),
+    ({"stage": 2, "sequence": 2}, {"pipeline_micro_batches": 4}, "full", "attention"),
+]
+
+
+@pytest.mark.parametrize(
+    ("mesh", "train", "method", "remat"),
+    [PIPELINES[0], *(pytest.param(*case, marks=pytest.mark.slow) for case in PIPELINES[1:])],
+    ids=str,
+)
+def test_pipelines_of_many_kinds(mesh: dict, train: dict, method: str, remat: str):
+    run, state = check(method, Mesh(**{"fsdp": 1} | mesh), train, remat=remat)
+    assert len(run.stacks) == train.get("pipeline_chunks", 1)
+    check_shares(run, state)
 
 
 @pytest.mark.parametrize("context_parallel", ["ring", "ulysses"])
