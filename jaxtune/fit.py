@@ -18,7 +18,7 @@ from jaxtune.errors import DoesNotFitError
 from jaxtune.log import info, warn
 from jaxtune.nn.stack import REMAT
 from jaxtune.schema import FETCHING
-from jaxtune.sharding import rules
+from jaxtune.sharding import pipeline, rules
 from jaxtune.step import TrainStep, make_train_step
 
 # Of a device's memory, what a program may plan with; the rest is for the runtime and fragments.
@@ -138,7 +138,8 @@ def planned_bytes(compiled: Any) -> int:
 def _step(run: build.Run, tx: optax.GradientTransformation, schedule: optax.Schedule) -> Any:
     shardings = build.shardings(build.abstract_state(run, tx))
     seed = run.config.train.seed
-    apply = optim.make_apply(run.config.optim, build.trained_axes(run))
+    stages = pipeline.num_stages(run.mesh)
+    apply = optim.make_apply(run.config.optim, build.trained_axes(run), stages)
     gradients = build.gradient_shardings(run)
     return make_train_step(
         run.skeleton, run.objective, tx, schedule, seed, shardings, apply, gradients

@@ -109,11 +109,11 @@ def make_optimizer(
     return optax.chain(_clip(config.max_grad_norm), step)
 
 
-def make_apply(config: Optim, axes: Axes) -> Apply:
-    """How a step of the optimizer is taken: all at once, or layer by layer."""
+def make_apply(config: Optim, axes: Axes, stages: int = 1) -> Apply:
+    """How a step of the optimizer is taken: all at once, or layer by layer of every stage."""
     if not config.offload and config.name not in BY_LAYER:
         return apply_whole
-    return functools.partial(apply_by_layer, axes=axes, host=config.offload)
+    return functools.partial(apply_by_layer, axes=axes, host=config.offload, stages=stages)
 
 
 def _clip(max_norm: float) -> optax.GradientTransformationExtraArgs:

@@ -55,13 +55,16 @@ def apply_by_layer(
     *,
     axes: Mapping[str, tuple[str | None, ...]],
     host: bool,
+    stages: int = 1,
 ) -> tuple[Params, Any]:
     """`apply_whole`, one layer's matrix after the other.
 
     Args:
         axes: names of the trailing axes of each parameter.
         host: whether what the optimizer keeps of matrices is in host memory.
+        stages: shards of the axis of layers, each of which has its own layer's turn.
     """
+    lead = (stages,) if stages > 1 else ()
 
     def apply(grads: Params, params: Params, state: Any) -> tuple[Params, Any]:
         moved = host and any(len(axes[name]) >= 2 for name in params)
@@ -77,12 +80,19 @@ def apply_by_layer(
 
         def at(stacked: Params) -> Params:
             return jax.tree.map(
-                lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), stacked
+                lambda x: jax.lax.dynamic_index_in_dim(
+                    x.reshape(*lead, -1, *x.shape[1:]), i, len(lead), keepdims=False
+                ),
+                stacked,
             )
 
         def put(stacked: Params, one: Params) -> Params:
             return jax.tree.map(
-                lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y, i, 0), stacked, one
+                lambda x, y: jax.lax.dynamic_update_index_in_dim(
+                    x.reshape(*lead, -1, *x.shape[1:]), y, i, len(lead)
+                ).reshape(x.shape),
+                stacked,
+                one,
             )
 
         new_params, new_state = apply(at(grads), at(params), _over(at, state))
@@ -96,7 +106,7 @@ def apply_by_layer(
         # Not before the last one is done: all at once they would all be on the device.
         given, _ = jax.lax.optimization_barrier((given, turn))
         if len(axes[name]) >= 2 and param.ndim > len(axes[name]) and param.shape[0] > 1:
-            _, new, state = jax.lax.fori_loop(0, param.shape[0], layer, given)
+            _, new, state = jax.lax.fori_loop(0, param.shape[0] // stages, layer, given)
         else:
             new, state = apply(*given)
         turn = new[name][(0,) * param.ndim]

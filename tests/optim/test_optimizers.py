@@ -232,14 +232,16 @@ def test_muon_begins_as_torch_does():
         assert change <= 3e-2, name  # torch iterates in bfloat16
 
 
+@pytest.mark.parametrize("stages", [1, 2])
 @pytest.mark.parametrize("name", sorted(OPTIMIZERS))
-def test_parameters_one_by_one_are_parameters_at_once(name: str):
+def test_parameters_one_by_one_are_parameters_at_once(name: str, stages: int):
     numbers = constant(name)
     tx = make_optimizer(numbers, make_schedule(numbers, 10), AXES)
     params = random_tree(99)
     whole = by_layer = (params, tx.init(params))
     apply = jax.jit(functools.partial(apply_whole, tx))
-    apart = jax.jit(functools.partial(apply_by_layer, tx, axes=AXES, host=False))
+    options = {"axes": AXES, "host": False, "stages": stages}
+    apart = jax.jit(functools.partial(apply_by_layer, tx, **options))
     for step in range(4):
         grads = random_tree(step)
         norm = optax.tree.norm(grads)
