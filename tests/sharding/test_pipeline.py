@@ -131,7 +131,7 @@ def test_micro_batches_need_stages():
         described({}, train={"pipeline_micro_batches": 2})
 
 
-@pytest.mark.parametrize("chunks", [1, 2])
+@pytest.mark.parametrize("chunks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_stages_generate_like_one_device(chunks: int):
     """Each stage holds the keys and values of its own layers only."""
     prompts, options = [[5, 6, 7], [8, 9], [10] * 20], {"max_new_tokens": 6, "eos_ids": ()}
@@ -149,8 +149,10 @@ def test_stages_generate_like_one_device(chunks: int):
 def test_what_a_stack_keeps_lies_on_its_stage():
     run = described({"stage": 4, "fsdp": 2})
     for name, leaf in (run.frozen | run.trainable).items():
-        stacked = name.startswith("layers.")
-        assert (leaf.sharding.spec[:1] == (("stage",),)) == stacked, name
+        if name.startswith("layers."):
+            assert leaf.sharding.shard_shape(leaf.shape)[0] * 4 == leaf.shape[0], name
+        else:
+            assert "stage" not in str(leaf.sharding.spec), name
     batch = run.put(np.zeros((4, 16, 8), np.int32))
     wanted = NamedSharding(run.mesh, PartitionSpec(None, "fsdp"))
     assert batch.sharding.is_equivalent_to(wanted, 3)
