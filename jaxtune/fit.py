@@ -102,8 +102,8 @@ def _search(
     device = run.mesh.devices.flat[0]
     limit: Any = hardware.memory_bytes(device)
     for name in REMAT:
-        if name == "offload" and device.platform == "cpu":
-            continue  # its memory is the host's
+        if name == "offload" and (device.platform == "cpu" or pipeline.num_stages(run.mesh) > 1):
+            continue  # a CPU's memory is the host's; a pipeline refuses it
         fetches = run.policy.offload_frozen or run.policy.chunks > 1
         if fetches and name not in FETCHING:
             continue

@@ -63,6 +63,11 @@ def _cut_for_pipeline(config: RunConfig, num_layers: int, mesh: Mesh) -> dict[st
             "config.model.layers=unroll has no stack of layers that mesh.stage could cut - leave "
             "it at auto"
         )
+    if stages > 1 and config.model.remat == "offload":
+        raise ConfigError(
+            "config.model.remat=offload cannot keep what a pipeline's loop over micro-batches "
+            f"saves in host memory (mesh.stage={stages}) - choose dots or full"
+        )
     rows = {"train.micro_batch_size": train.micro_batch_size}
     if config.data.eval or config.data.eval_fraction:
         rows["eval.batch_size"] = config.eval.batch_size

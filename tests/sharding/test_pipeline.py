@@ -1,6 +1,7 @@
 """The schedule of a pipeline on toy layers, what it refuses, and what else runs on stages."""
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
+from safetensors.numpy import load_file
 
 from jaxtune import build
 from jaxtune.errors import ConfigError
@@ -15,7 +17,8 @@ from jaxtune.infer import Sampling, generate
 from jaxtune.schema import Data, Mesh, Model, Peft, RunConfig, Train
 from jaxtune.sharding import pipeline
 from jaxtune.sharding.mesh import make_mesh
-from tests import oracle, tolerances
+from jaxtune.train import train
+from tests import oracle, test_train, tolerances
 
 WIDTH, ROWS, LENGTH = 8, 8, 4
 
@@ -116,6 +119,7 @@ def described(
         ({"train": {"pipeline_micro_batches": 16}}, r"micro_batch_size=8 .* multiple of 16"),
         ({"data": {"eval_fraction": 0.1}, "train": {"pipeline_micro_batches": 16,
           "micro_batch_size": 16}}, r"eval.batch_size=8 rows .* multiple of 16"),
+        ({"model": {"remat": "offload"}}, r"model.remat=offload .* choose dots or full"),
         ({"model": {"layers": "unroll"}}, r"model.layers=unroll has no stack"),
         ({"peft": {"layers_to_transform": (0, 1)}, "train": {"pipeline_chunks": 2}},
          r"pipeline_chunks=2: layers.attn.k_proj.adapter.a is not alike in all chunks"),
@@ -136,8 +140,8 @@ def test_stages_generate_like_one_device(chunks: int):
     """Each stage holds the keys and values of its own layers only."""
     prompts, options = [[5, 6, 7], [8, 9], [10] * 20], {"max_new_tokens": 6, "eos_ids": ()}
     answers = []
-    for mesh, train in (({}, {}), ({"stage": 2, "fsdp": 2}, {"pipeline_chunks": chunks})):
-        run = described(mesh, train=train, peft={"method": "full"})
+    for mesh, cut in (({}, {}), ({"stage": 2, "fsdp": 2}, {"pipeline_chunks": chunks})):
+        run = described(mesh, train=cut, peft={"method": "full"})
         values = build.fill_base(run, lambda done, total: None)
         found = generate(run.skeleton, values, prompts, sampling=Sampling(), **options)
         answers.append(found)
@@ -161,8 +165,46 @@ def test_what_a_stack_keeps_lies_on_its_stage():
 def test_one_stage_has_no_pipeline_in_its_program(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(pipeline, "run", None)
     run = described({"fsdp": 2})
-    model = run.skeleton.model(run.skeleton.abstract())
     tokens = jax.ShapeDtypeStruct((2, 8), jnp.int32)
-    hidden, _ = jax.eval_shape(lambda t: model.hidden(t, t, None), tokens)
-    assert hidden.shape == (2, 8, 32)
-    assert dataclasses.replace(run.policy, mesh=None).micro_batches == 1
+
+    def hidden(params: Any, tokens: jax.Array) -> jax.Array:
+        return run.skeleton.model(params).hidden(tokens, tokens, None)[0]
+
+    assert jax.eval_shape(hidden, run.skeleton.abstract(), tokens).shape == (2, 8, 32)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chunks", [1, 2])
+def test_a_run_on_stages_goes_on_and_is_exported_elsewhere(tmp_path: Path, chunks: int):
+    """Steps 3 and 4 on stages, and again from the checkpoint of step 2 on a mesh without."""
+    hf = oracle.hf_llama(num_hidden_layers=4, vocab_size=259, max_position_embeddings=512)
+    hf.save_pretrained(tmp_path / "base")
+    base = test_train.run_config(
+        tmp_path,
+        "run",
+        model={"path": str(tmp_path / "base"), "tokenizer": "tiny:llama", "layers": "scan"},
+        train={"micro_batch_size": 4, "pipeline_chunks": chunks},
+        eval={"batch_size": 4, "exact_match": True, "max_rows": 2, "max_new_tokens": 4},
+        checkpoint={"every_steps": 2, "export_merged": True},
+        mesh={"stage": 2, "fsdp": 2, "tensor": 2},
+    )
+    first = train(base)
+    exported = load_file(first.paths["adapter"] / "adapter_model.safetensors")
+    merged = load_file(first.paths["merged"] / "model.safetensors")
+    other = dataclasses.replace(
+        base,
+        mesh=Mesh(fsdp=8),
+        train=dataclasses.replace(base.train, micro_batch_size=1),
+        eval=dataclasses.replace(base.eval, batch_size=1),
+        checkpoint=dataclasses.replace(base.checkpoint, resume="2"),
+    )
+    second = train(other)
+    assert second.metrics["loss"] == pytest.approx(first.metrics["loss"], rel=1e-5)
+    assert second.metrics["eval_loss"] == pytest.approx(first.metrics["eval_loss"], rel=1e-5)
+    again = load_file(second.paths["adapter"] / "adapter_model.safetensors")
+    assert exported.keys() == again.keys() and len(again) == 2 * 7 * 4
+    for name, array in exported.items():
+        assert oracle.difference(again[name], array) <= 1e-4, name  # after Adam
+    found = load_file(second.paths["merged"] / "model.safetensors")
+    for name, array in merged.items():
+        assert oracle.difference(found[name], array) <= 1e-4, name
