@@ -158,15 +158,6 @@ def _contradictions(config: RunConfig) -> list[str]:
             "config.model.offload_frozen would keep the whole model in host memory for each "
             "device - set mesh.sharding_stage=3"
         )
-    if c.train.pipeline_chunks > 1 and c.model.remat not in ("auto", *FETCHING):
-        problems.append(
-            f"config.model.remat={c.model.remat} would keep the weights that "
-            "train.pipeline_chunks picks, once for every micro-batch - choose dots or full"
-        )
-    if c.train.pipeline_chunks > 1 and c.model.layers == "unroll":
-        problems.append(
-            "config.model.layers=unroll has no stacks for train.pipeline_chunks - leave it at auto"
-        )
     if c.optim.offload and c.optim.name == "adamw8bit":
         problems.append(
             "config.optim.offload: XLA for TPU cannot compute with bytes in host memory - choose "

@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 from jaxtune.data.loader import LENGTH_STEP
 from jaxtune.errors import ConfigError
 from jaxtune.nn.params import Policy, suited_policy
-from jaxtune.schema import Model, RunConfig
+from jaxtune.schema import FETCHING, Model, RunConfig
 from jaxtune.sharding import pipeline
 from jaxtune.sharding.mesh import require_host_memory
 
@@ -58,10 +58,15 @@ def _cut_for_pipeline(config: RunConfig, num_layers: int, mesh: Mesh) -> dict[st
             f"config.mesh.stage={stages} x train.pipeline_chunks={train.pipeline_chunks} does not "
             f"divide the model's {num_layers} layers - use numbers whose product does"
         )
-    if stages > 1 and config.model.layers == "unroll":
+    if stages * train.pipeline_chunks > 1 and config.model.layers == "unroll":
         raise ConfigError(
-            "config.model.layers=unroll has no stack of layers that mesh.stage could cut - leave "
-            "it at auto"
+            "config.model.layers=unroll has no stack of layers for mesh.stage or "
+            "train.pipeline_chunks to cut - leave it at auto"
+        )
+    if train.pipeline_chunks > 1 and config.model.remat not in ("auto", *FETCHING):
+        raise ConfigError(
+            f"config.model.remat={config.model.remat} would keep the weights that "
+            "train.pipeline_chunks picks, once for every micro-batch - choose dots or full"
         )
     if stages > 1 and config.model.remat == "offload":
         raise ConfigError(

@@ -121,6 +121,7 @@ def described(
           "micro_batch_size": 16}}, r"eval.batch_size=8 rows .* multiple of 16"),
         ({"model": {"remat": "offload"}}, r"model.remat=offload .* choose dots or full"),
         ({"model": {"layers": "unroll"}}, r"model.layers=unroll has no stack"),
+        ({"model": {"remat": "none"}, "train": {"pipeline_chunks": 2}}, r"remat=none would keep"),
         ({"peft": {"layers_to_transform": (0, 1)}, "train": {"pipeline_chunks": 2}},
          r"pipeline_chunks=2: layers.attn.k_proj.adapter.a is not alike in all chunks"),
     ],
