@@ -220,3 +220,13 @@ def test_sharding_stages_keep_what_they_say_whole(stage: int):
     assert kept.size == 8 * kept.addressable_shards[0].data.size
     gradients = build.gradient_shardings(run)
     assert (gradients is None) == (stage == 1)
+
+
+def test_tensor_shards_in_bfloat16():
+    """Products are then mapped by hand; sums over shards are rounded to bfloat16."""
+    half = {"compute_dtype": "bfloat16"}
+    _, expected, losses, _ = trained("lora", Mesh(fsdp=1), **half)
+    _, found, other_losses, _ = trained("lora", Mesh(fsdp=2, tensor=4), **half)
+    np.testing.assert_allclose(other_losses, losses, rtol=tolerances.OPS_BFLOAT16)
+    for name, array in expected.items():
+        assert difference(found[name], array) <= tolerances.OPS_BFLOAT16, name

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
 from jaxtune import ops
 from jaxtune.nn.params import Policy
@@ -60,7 +60,7 @@ class Linear(nnx.Module):
             b: [R, D_out], scaled already.
         """
         weight = self._weight()
-        if isinstance(weight, QArray) and self.policy.matmul != "xla":
+        if _is_mapped(weight, x, self.policy):
             y = product(x, weight, self.axes, self.policy)
             return self.add_bias(y + self.low_rank(x, a, b))
         return self.add_bias(ops.adapted_matmul(x, weight, *self._gathered_pair(a, b)))
@@ -95,37 +95,53 @@ class Linear(nnx.Module):
 
 
 def product(x: jax.Array, weight: Any, axes: tuple[str, str], policy: Policy) -> jax.Array:
-    """x [B, ..., D_in] times a gathered weight: [B, ..., D_out].
-
-    A kernel cannot be partitioned by the compiler: on a mesh every device runs it on its own part.
-    """
-    if not isinstance(weight, QArray) or policy.matmul == "xla":
-        return ops.matmul(x, weight)
-    if policy.mesh is None or policy.mesh.size == 1:
-        return ops.matmul(x, weight, implementation=policy.matmul)
-    mapped = functools.partial(_mapped_product, axes=axes, policy=policy)
+    """x [B, ..., D_in] times a gathered weight: [B, ..., D_out]."""
+    implementation = policy.matmul if isinstance(weight, QArray) else "xla"
+    if policy.mesh is None or policy.mesh.size == 1 or not _is_mapped(weight, x, policy):
+        return ops.matmul(x, weight, implementation=implementation)
+    mapped = functools.partial(
+        _mapped_product, axes=axes, mesh=policy.mesh, implementation=implementation
+    )
     # Decoded scales need not be kept for the backward pass.
     return jax.checkpoint(mapped, prevent_cse=False)(x, weight)
 
 
-def _mapped_product(
-    x: jax.Array, weight: QArray, *, axes: tuple[str, str], policy: Policy
-) -> jax.Array:
-    mesh = policy.mesh
-    assert mesh is not None
-    # Nested scales are numbered over the whole weight, so they are decoded before it is cut.
-    weight = dataclasses.replace(weight, scale=decode_scale(weight.scale, weight.shape))
-    weight_specs = gathered_specs(weight, axes, mesh)
-    rows, columns = weight_specs.codes
-    tokens = (("batch", "length") + (None,) * x.ndim)[: x.ndim - 1]
-    leading = spec(x.shape[:-1], tokens, mesh)
+def _is_mapped(weight: Any, x: jax.Array, policy: Policy) -> bool:
+    """Whether each device multiplies its own parts, instead of the compiler partitioning it.
 
-    def multiply(x: jax.Array, weight: QArray) -> jax.Array:
-        y = ops.matmul(x, weight, implementation=policy.matmul)
+    A kernel cannot be partitioned. The compiler would sum the products of tensor shards in float32
+    before it rounds them: twice the bytes of the activations.
+    """
+    if isinstance(weight, QArray):
+        return policy.matmul != "xla"
+    has_tensor = policy.mesh is not None and policy.mesh.shape.get("tensor", 1) > 1
+    return has_tensor and x.dtype != jnp.float32
+
+
+def _mapped_product(
+    x: jax.Array, weight: Any, *, axes: tuple[str, str], mesh: Mesh, implementation: str
+) -> jax.Array:
+    if isinstance(weight, QArray):
+        # Nested scales are numbered over the whole weight, so they are decoded before it is cut.
+        weight = dataclasses.replace(weight, scale=decode_scale(weight.scale, weight.shape))
+    weight_specs = gathered_specs(weight, axes, mesh)
+    rows, columns = weight_specs.codes if isinstance(weight, QArray) else weight_specs
+
+    def leading(length: str) -> PartitionSpec:
+        return spec(x.shape[:-1], (("batch", length) + (None,) * x.ndim)[: x.ndim - 1], mesh)
+
+    tokens = leading("length")
+    # Sums over tensor shards go where the residual is, each shard's tokens to itself.
+    summed = tokens if rows is None else leading("residual_length")
+
+    def multiply(x: jax.Array, weight: Any) -> jax.Array:
+        y = ops.matmul(x, weight, implementation=implementation)
+        if summed != tokens:
+            return jax.lax.psum_scatter(y, rows, scatter_dimension=1, tiled=True)
         return y if rows is None else jax.lax.psum(y, rows)
 
-    in_specs = (PartitionSpec(*leading, rows), weight_specs)
-    return on_shards(multiply, mesh, in_specs, PartitionSpec(*leading, columns))(x, weight)
+    in_specs = (PartitionSpec(*tokens, rows), weight_specs)
+    return on_shards(multiply, mesh, in_specs, PartitionSpec(*summed, columns))(x, weight)
 
 
 def linears(model: nnx.Module) -> Iterator[tuple[str, Linear]]:
