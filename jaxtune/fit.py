@@ -19,6 +19,7 @@ from jaxtune.log import info, warn
 from jaxtune.nn.stack import REMAT
 from jaxtune.schema import FETCHING
 from jaxtune.sharding import pipeline, rules
+from jaxtune.sharding.mesh import has_host_memory
 from jaxtune.step import TrainStep, make_train_step
 
 # Of a device's memory, what a program may plan with; the rest is for the runtime and fragments.
@@ -54,16 +55,17 @@ def compiled_step(
     step, compiled = _step(run, tx, schedule), None
     if _is_open(run):
         run, step, compiled = _search(run, tx, schedule)
-    if compiled is None:
-        compiled = _compiled(run, tx, step)
-    if isinstance(compiled, str):
-        raise DoesNotFitError(f"remat {run.policy.remat}: {compiled} - {_REMEDY}")
-    return run, compiled
+    return run, _compiled(run, tx, step) if compiled is None else compiled
+
+
+def fits(needed: int, limit: int | None) -> bool:
+    """Whether a device has the bytes that are needed, as far as one knows."""
+    return limit is None or needed <= USABLE * limit
 
 
 def check_fits(needed: int, limit: int | None, kind: str) -> None:
     """Raises DoesNotFitError if a device of this kind has not the bytes that are needed."""
-    if limit is not None and needed > USABLE * limit:
+    if limit is not None and not fits(needed, limit):
         raise DoesNotFitError(
             f"the step needs {needed / 2**30:.2f} GiB, and {USABLE:.0%} of {limit / 2**30:.2f} GiB "
             f"of {kind} can be used - {_REMEDY}"
@@ -77,19 +79,24 @@ def _is_open(run: build.Run) -> bool:
 
 
 def _compiled(run: build.Run, tx: optax.GradientTransformation, step: Any) -> Any:
-    """The compiled program, or what the compiler says of memory if it finds none that fits."""
+    """The compiled program; DoesNotFitError if the compiler finds none that fits."""
     state = build.abstract_state(run, tx)
     try:
         return step.lower(state, run.frozen, abstract_batch(run)).compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        sizes = re.search(r"Used ([\d.]+[KMGT]) of ([\d.]+[KMGT])", str(error))
-        return (
-            f"the compiler needs {sizes[1]} of {sizes[2]}"
-            if sizes
-            else "the compiler found no way to fit the device's memory"
-        )
+        raise DoesNotFitError(
+            f"remat {run.policy.remat}: {_needed(str(error))} - {_REMEDY}"
+        ) from error
+
+
+def _needed(error: str) -> str:
+    """What the compiler says of memory; it has two wordings."""
+    sizes = re.search(r"([\d.]+[KMGT])\w*\)? (?:of|exceeds available HBM) \(?([\d.]+[KMGT])", error)
+    if sizes is None:
+        return "the compiler found no way to fit the device's memory"
+    return f"the compiler needs {sizes[1]} of {sizes[2]}"
 
 
 def _search(
@@ -102,20 +109,22 @@ def _search(
     device = run.mesh.devices.flat[0]
     limit: Any = hardware.memory_bytes(device)
     for name in REMAT:
-        if name == "offload" and (device.platform == "cpu" or pipeline.num_stages(run.mesh) > 1):
-            continue  # a CPU's memory is the host's; a pipeline refuses it
+        cannot = device.platform == "cpu" or not has_host_memory(device)  # its memory is the host's
+        if name == "offload" and (cannot or pipeline.num_stages(run.mesh) > 1):
+            continue
         fetches = run.policy.offload_frozen or run.policy.chunks > 1
         if fetches and name not in FETCHING:
             continue
         candidate = run if name == run.policy.remat else build.with_remat(run, name)
         step = _step(candidate, tx, schedule)
-        compiled = _compiled(candidate, tx, step)
-        if isinstance(compiled, str):
-            info(f"remat {name}: {compiled}")
+        try:
+            compiled = _compiled(candidate, tx, step)
+        except DoesNotFitError as error:
+            info(str(error).partition(" - ")[0])
             continue
         needed = planned_bytes(compiled)
         said = f"remat {name} needs {needed / 1e9:.2f} GB of {limit / 1e9:.2f} GB a device"
-        if needed <= USABLE * limit:
+        if fits(needed, limit):
             info(said)
             return candidate, step, compiled
         info(f"{said}: too much")

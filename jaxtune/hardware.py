@@ -2,8 +2,9 @@
 
 import ctypes
 import os
+import re
 import time
-from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,21 +12,56 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-# Dense bfloat16 FLOP/s by `device_kind`, from the vendors' data sheets.
-_PEAKS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5": 459e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA GeForce RTX 4090": 165e12,
+
+@dataclass(frozen=True)
+class Chip:
+    """What the vendor's data sheet says of one device.
+
+    Attributes:
+        flops: dense bfloat16 FLOP/s.
+        memory: bytes.
+        bandwidth: bytes/s between the device and its memory.
+        network: bytes/s that it receives over all its links to the devices of its slice or host
+            (ICI, NVLink or PCIe).
+        clock: Hz in which XLA for TPU counts cycles; None: XLA counts none.
+        host_devices: how many devices share `network`; None: all of a slice.
+        between_hosts: bytes/s that it receives from devices of other hosts (one 400 Gbit/s port
+            each, A100: 200); None: a host has the only devices.
+    """
+
+    flops: float
+    memory: int
+    bandwidth: float
+    network: float
+    clock: float | None = None
+    host_devices: int | None = None
+    between_hosts: float | None = None
+
+
+GIB = 2**30
+# By `device_kind`. TPUs: Google Cloud's pages of each version; a clock is the peak divided by the
+# products of a cycle (arXiv 2304.01433 for v4).
+CHIPS = {
+    "TPU v4": Chip(275e12, 32 * GIB, 1228e9, 300e9, 1.05e9),
+    "TPU v5 lite": Chip(197e12, 16 * GIB, 819e9, 200e9, 1.5e9),
+    "TPU v5": Chip(459e12, 95 * GIB, 2765e9, 600e9, 1.75e9),
+    "TPU v5p": Chip(459e12, 95 * GIB, 2765e9, 600e9, 1.75e9),
+    "TPU v6 lite": Chip(918e12, 32 * GIB, 1640e9, 448e9, 1.75e9),
+    "NVIDIA A100": Chip(312e12, 80 * GIB, 2039e9, 300e9, None, 8, 25e9),
+    "NVIDIA A100-SXM4-40GB": Chip(312e12, 40 * GIB, 1555e9, 300e9, None, 8, 25e9),
+    "NVIDIA H100": Chip(989e12, 80 * GIB, 3350e9, 450e9, None, 8, 50e9),
+    "NVIDIA H200": Chip(989e12, 141 * 10**9, 4800e9, 450e9, None, 8, 50e9),
+    "NVIDIA L4": Chip(121e12, 24 * GIB, 300e9, 32e9, None, 8),
+    "NVIDIA L40S": Chip(362e12, 48 * GIB, 864e9, 32e9, None, 8),
+    "NVIDIA GeForce RTX 3090": Chip(71e12, 24 * GIB, 936e9, 32e9, None, 8),
+    "NVIDIA GeForce RTX 4090": Chip(165e12, 24 * GIB, 1008e9, 32e9, None, 8),
 }
 
-# Memory by `device_kind`, GiB, likewise.
-_MEMORY = {"TPU v4": 32, "TPU v5 lite": 16, "TPU v5": 95, "TPU v5p": 95, "TPU v6 lite": 32}
+
+def chip(device_kind: str) -> Chip | None:
+    """The data sheet of a kind of device; None: a CPU, or not in the table."""
+    kinds = [kind for kind in CHIPS if re.match(rf"{kind}\b", device_kind)]
+    return CHIPS[max(kinds, key=len)] if kinds else None
 
 
 def peak_flops(device: Any, dtype: DTypeLike) -> float | None:
@@ -34,31 +70,28 @@ def peak_flops(device: Any, dtype: DTypeLike) -> float | None:
     """
     if device.platform == "cpu":
         return _measured(dtype)
-    return _of_kind(_PEAKS, device)
-
-
-def _of_kind(table: Mapping[str, Any], device: Any) -> Any:
-    kinds = [kind for kind in table if device.device_kind.startswith(kind)]
-    return table[max(kinds, key=len)] if kinds else None
+    known = chip(device.device_kind)
+    return None if known is None else known.flops
 
 
 def memory_bytes(device: Any) -> int | None:
-    """Bytes that a program may use on a device: of a CPU what is free now; None: unknown.
+    """Bytes that a program may use on a device; None: unknown.
 
-    Of a device that is only described what its data sheet says.
+    Of a device that is only described what its data sheet says; of a CPU what is free now, in equal
+    parts for the devices that it simulates.
     """
     if device.platform != "cpu":
         try:
             return (device.memory_stats() or {}).get("bytes_limit")
         except (AttributeError, jax.errors.JaxRuntimeError):  # not addressable
-            known = _of_kind(_MEMORY, device)
-            return None if known is None else known * 2**30
+            known = chip(device.device_kind)
+            return None if known is None else known.memory
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
         return None
     fields = dict(line.split(":", 1) for line in lines)
-    return int(fields["MemAvailable"].split()[0]) * 1024
+    return int(fields["MemAvailable"].split()[0]) * 1024 // jax.local_device_count("cpu")
 
 
 def _measured(dtype: DTypeLike) -> float:

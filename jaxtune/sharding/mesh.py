@@ -52,12 +52,19 @@ def on_shards(function: Callable, mesh: Mesh, in_specs: Any, out_specs: Any) -> 
     )
 
 
+def has_host_memory(device: Any) -> bool:
+    """Whether arrays of a device can be kept in its host's memory.
+
+    Of a GPU that is only described XLA does not say which memory an array is in.
+    """
+    return HOST in {memory.kind for memory in device.addressable_memories()}
+
+
 def require_host_memory(mesh: Mesh, option: str) -> None:
     """Raises ConfigError if the devices cannot keep arrays in their host's memory."""
     device = mesh.devices.flat[0]
-    kinds = {memory.kind for memory in device.addressable_memories()}
-    if HOST not in kinds:
+    if not has_host_memory(device):
         raise ConfigError(
-            f"config.{option} needs devices with host memory ({HOST}); {device.platform} has "
-            f"{', '.join(sorted(kinds))} - turn it off"
+            f"config.{option} needs devices with host memory ({HOST}), which this "
+            f"{device.device_kind} does not show - turn it off"
         )

@@ -27,6 +27,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from jaxtune.hlo import notes
 from jaxtune.ops.attention import flash
 from jaxtune.ops.attention.blocks import seen_blocks
 from jaxtune.ops.attention.flash import Operands
@@ -124,15 +125,16 @@ def forward(
     """
     call = _describe(operands, tile, FORWARD_TILES)
     some, every = _seen(operands, call)
-    found = _run(
-        _forward_kernel,
-        call,
-        (call.blocks[0], call.n),
-        _shared(operands, some, every),
-        {"sinks": operands.sinks, "q": operands.q, "k": operands.k, "v": operands.v},
-        {"y": operands.q, "lse": jax.ShapeDtypeStruct((call.b, call.n, call.t), jnp.float32)},
-        interpret,
-    )
+    with notes.flops(2 * _product_flops(operands)):
+        found = _run(
+            _forward_kernel,
+            call,
+            (call.blocks[0], call.n),
+            _shared(operands, some, every),
+            {"sinks": operands.sinks, "q": operands.q, "k": operands.k, "v": operands.v},
+            {"y": operands.q, "lse": jax.ShapeDtypeStruct((call.b, call.n, call.t), jnp.float32)},
+            interpret,
+        )
     return found["y"], found["lse"].transpose(0, 2, 1)
 
 
@@ -155,13 +157,21 @@ def backward(
     by_keys = _shared(operands, some.swapaxes(1, 2), every.swapaxes(1, 2))
     blocks_q, blocks_k = call.blocks
     grid = blocks_q, call.n
-    found = _run(_dq_kernel, call, grid, by_queries, arrays, {"dq": q}, interpret)
+    with notes.flops(3 * _product_flops(operands)):
+        found = _run(_dq_kernel, call, grid, by_queries, arrays, {"dq": q}, interpret)
     grid = blocks_k, call.n // call.group
-    found |= _run(_dkv_kernel, call, grid, by_keys, arrays, {"dk": k, "dv": v}, interpret)
+    with notes.flops(4 * _product_flops(operands)):
+        found |= _run(_dkv_kernel, call, grid, by_keys, arrays, {"dk": k, "dv": v}, interpret)
     return found["dq"], found["dk"], found["dv"]
 
 
 attend = functools.partial(flash.attend, flash.Passes(forward, backward))
+
+
+def _product_flops(operands: Operands) -> float:
+    """FLOPs of one product that makes, or contracts, the scores that the mask leaves at most."""
+    (b, t, n, h), s = operands.q.shape, operands.k.shape[1]
+    return 2 * b * n * t * s * h * (0.5 if operands.mask.causal else 1.0)
 
 
 def _seen(operands: Operands, call: Call) -> tuple[Any, Any]:

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.lax import dynamic_slice_in_dim, dynamic_update_slice_in_dim
 
+from jaxtune.hlo import notes
 from jaxtune.ops.attention import flash
 from jaxtune.ops.attention.blocks import seen_blocks
 from jaxtune.ops.attention.flash import Operands
@@ -47,6 +48,7 @@ class _Tiles(NamedTuple):
         rows, cols: queries and keys of a tile.
         query_blocks, key_blocks: int32 [tiles], the blocks of each tile.
         count: how many to visit, from the first.
+        most: how many there are at most, whatever the data.
     """
 
     rows: int
@@ -54,6 +56,7 @@ class _Tiles(NamedTuple):
     query_blocks: jax.Array
     key_blocks: jax.Array
     count: int | jax.Array
+    most: int
 
     def visit(self, step: Callable[[Any, Any, Any], Any], state: Any) -> Any:
         """Calls step(first query, first key, state) -> state for each tile."""
@@ -62,23 +65,29 @@ class _Tiles(NamedTuple):
             first_query = self.query_blocks[index] * self.rows
             return step(first_query, self.key_blocks[index] * self.cols, state)
 
-        return jax.lax.fori_loop(0, self.count, body, state)
+        with notes.at_most(self.most):
+            return jax.lax.fori_loop(0, self.count, body, state)
 
 
 def _tiles(operands: Operands) -> _Tiles:
     t, s = operands.q.shape[1], operands.k.shape[1]
     rows = _even(t, 128)
     cols = _even(s, 128 if s <= 1024 else 256)
-    some, _ = seen_blocks(operands.mask, operands.query_offset, (t, s), (rows, cols))
+    offset, mask = operands.query_offset, operands.mask
+    some, _ = seen_blocks(mask, offset, (t, s), (rows, cols))
     some = some.any(axis=0)
+    most = some.size
     if isinstance(some, np.ndarray):
         pairs = np.nonzero(some)
-        count = pairs[0].size
+        count = most = pairs[0].size
     else:
         pairs = jnp.nonzero(some, size=some.size, fill_value=0)
         count = some.sum()
+        if isinstance(offset, int):
+            of_any = dataclasses.replace(mask, query_segments=None, key_segments=None, columns=None)
+            most = np.count_nonzero(seen_blocks(of_any, offset, (t, s), (rows, cols))[0])
     query_blocks, key_blocks = (jnp.asarray(x, jnp.int32) for x in pairs)
-    return _Tiles(rows, cols, query_blocks, key_blocks, count)
+    return _Tiles(rows, cols, query_blocks, key_blocks, count, most)
 
 
 def _even(length: int, most: int) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxtune.hlo import notes
 from jaxtune.ops.cross_entropy.form import Form, Parts
 
 CHUNK_LOGITS = 1 << 24  # 64 MiB in float32: so many anyway,
@@ -95,7 +96,8 @@ def by_chunks(
     padded = n + -n % size
     rows = jax.tree.map(lambda r: jnp.zeros((padded, *r.shape[1:]), r.dtype), rows)
     sums = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), sums)
-    rows, sums = jax.lax.fori_loop(0, (count + size - 1) // size, step, (rows, sums))
+    with notes.at_most(padded // size):
+        rows, sums = jax.lax.fori_loop(0, (count + size - 1) // size, step, (rows, sums))
     return jax.tree.map(lambda r: r[:n], rows), sums
 
 

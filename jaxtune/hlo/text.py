@@ -1,11 +1,9 @@
-"""HLO text of a compiled program: computations, their instructions, the FLOPs of one."""
+"""HLO text of a compiled program: computations and their instructions, in schedule order."""
 
 import functools
 import math
 import re
 from dataclasses import dataclass
-
-import numpy as np
 
 BITS = {"pred": 8, "token": 0, "f8e4m3fn": 8, "f8e5m2": 8}
 
@@ -49,15 +47,49 @@ class Op:
             for dtype, dims, layout in found
         ]
 
+    @property
+    def results(self) -> list[Leaf]:
+        """The arrays that it makes; the start of an asynchronous one lists its operands before."""
+        count = len(self.operands)
+        arrays = [leaf for leaf in self.leaves if leaf.space not in (2, 4)]  # semaphores, flags
+        if self.kind.endswith("-start") and len(arrays) >= 2 * count:
+            return arrays[count : 2 * count]
+        return self.leaves
+
     def called(self, key: str) -> str:
-        """The computation that an attribute such as `body` names."""
-        found = re.search(rf"{key}=%?([\w.\-]+)", self.rest)
+        """The computation that an attribute such as `body` names; "" without the attribute."""
+        found = re.search(rf"\b{key}=%?([\w.\-]+)", self.rest)
         return found[1] if found else ""
 
 
-def parse(text: str) -> tuple[dict[str, dict[str, Op]], str]:
-    """Computations (instructions by name, in schedule order) and the name of the entry."""
-    computations: dict[str, dict[str, Op]] = {}
+Computation = dict[str, Op]
+
+
+@dataclass(frozen=True)
+class Program:
+    """A parsed program.
+
+    Attributes:
+        computations: instructions by name in schedule order, by the computation's name.
+        entry: where it starts.
+    """
+
+    computations: dict[str, Computation]
+    entry: str
+
+    def inside(self, op: Op) -> Computation:
+        """What a fusion, a call or an asynchronous start runs; empty for other instructions."""
+        return self.computations.get(op.called("calls") or op.called("to_apply"), {})
+
+
+def root(computation: Computation) -> Op:
+    """The instruction that makes a computation's result."""
+    return next(op for op in computation.values() if op.root)
+
+
+def parse(text: str) -> Program:
+    """Reads `compiled.as_text()`."""
+    computations: dict[str, Computation] = {}
     entry, current = "", ""
     for line in text.splitlines():
         header = re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{\s*$", line)
@@ -69,7 +101,7 @@ def parse(text: str) -> tuple[dict[str, dict[str, Op]], str]:
             op = _parse_op(line)
             if op:
                 computations[current][op.name] = op
-    return computations, entry
+    return Program(computations, entry)
 
 
 def _parse_op(line: str) -> Op | None:
@@ -96,36 +128,3 @@ def _closing(line: str, opening: int) -> int:
         if not depth:
             return i
     return len(line) - 1
-
-
-def convolution_flops(op: Op, left: Leaf, right: Leaf) -> float:
-    """FLOPs of a convolution; batch dimensions of a product appear as padded, dilated windows."""
-    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", op.rest)
-    assert labels is not None, op.rest[:200]
-    l_labels, r_labels, o_labels = labels.groups()
-    window = dict(
-        re.findall(r"(\w+)=([\dx_\-]+)", (re.findall(r"window=\{(.*?)\}", op.rest) or [""])[0])
-    )
-    out, pairs = op.leaves[0].dims, 1
-    for axis in sorted(label for label in o_labels if label.isdigit()):
-        size, taps = left.dims[l_labels.index(axis)], right.dims[r_labels.index(axis)]
-
-        def field(name: str, default: str, axis: str = axis) -> int:
-            values = window.get(name, "").split("x")
-            return int((values[int(axis)] if values != [""] else default).split("_")[0])
-
-        outputs = np.arange(out[o_labels.index(axis)])[:, None] * field("stride", "1")
-        place = outputs + np.arange(taps) * field("rhs_dilate", "1") - field("pad", "0_0")
-        dilation = field("lhs_dilate", "1")
-        inside = (place >= 0) & (place <= (size - 1) * dilation) & (place % dilation == 0)
-        pairs *= int(inside.sum())
-    groups = int((re.findall(r"batch_group_count=(\d+)", op.rest) or ["1"])[0])
-    features = out[o_labels.index("b")] * out[o_labels.index("f")] * right.dims[r_labels.index("i")]
-    return 2 * features * pairs / groups
-
-
-def dot_flops(op: Op, left: Leaf) -> float:
-    """FLOPs of a dot."""
-    axes = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", op.rest)
-    contracted = [left.dims[int(a)] for a in axes[1].split(",") if a] if axes else []
-    return 2 * math.prod(op.leaves[0].dims) * math.prod(contracted)

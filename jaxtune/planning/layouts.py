@@ -1,0 +1,154 @@
+"""Layouts of a step over the devices, and a cheap forecast of what each costs.
+
+A layout is a mesh, a policy of recomputation and a micro-batch; the global batch stays the config's.
+The forecast counts FLOPs, weights that travel and activations that are kept; it only chooses what is
+worth compiling, so it need not be right, but cheap.
+"""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+
+from jaxtune import build
+from jaxtune.hardware import Chip
+from jaxtune.nn.stack import REMAT
+from jaxtune.planning.account import described, shard_bytes
+from jaxtune.schema import FETCHING, RunConfig
+from jaxtune.sharding.mesh import has_host_memory
+from jaxtune.sharding.rules import GATHERED, batch_shards
+
+AXES = ("data", "fsdp", "tensor")  # what is searched; other axes stay as the config says
+# What a policy keeps of a layer, in outputs of its linear layers and attention (measured on TPU
+# programs of Llama-3.1-8B: 1, 1, 2 to 3.5 and 2 to 3.5), and what it computes again of the forward.
+_KEPT = {"full": 0.0, "offload": 0.0, "dots": 1.0, "attention": 3.0, "none": 3.0}
+_AGAIN = {"full": 1.0, "offload": 0.05, "dots": 0.05, "attention": 0.02, "none": 0.0}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a step is laid out.
+
+    Attributes:
+        mesh: names and sizes of its axes.
+        remat: what the backward pass recomputes.
+        micro_batch_size, gradient_accumulation_steps: how a data shard takes its rows.
+    """
+
+    mesh: tuple[tuple[str, int], ...]
+    remat: str
+    micro_batch_size: int
+    gradient_accumulation_steps: int
+
+    def flags(self) -> list[str]:
+        """For the command line."""
+        flags = [f"--config.mesh.{name}={size}" for name, size in self.mesh if name in AXES]
+        flags.append(f"--config.model.remat={self.remat}")
+        steps = self.gradient_accumulation_steps
+        flags.append(f"--config.train.micro_batch_size={self.micro_batch_size}")
+        return [*flags, f"--config.train.gradient_accumulation_steps={steps}"]
+
+    def applied(self, cfg: RunConfig) -> RunConfig:
+        """The config with this layout."""
+        return dataclasses.replace(
+            cfg,
+            mesh=dataclasses.replace(cfg.mesh, **dict(self.mesh)),
+            model=dataclasses.replace(cfg.model, remat=self.remat),
+            train=dataclasses.replace(
+                cfg.train,
+                micro_batch_size=self.micro_batch_size,
+                gradient_accumulation_steps=self.gradient_accumulation_steps,
+            ),
+        )
+
+    def needs_no_less_than(self, other: "Layout") -> bool:
+        """Whether it surely takes as much memory: same mesh, no smaller and no leaner."""
+        leaner = REMAT.index(self.remat) <= REMAT.index(other.remat)
+        return self.mesh == other.mesh and leaner and self.micro_batch_size >= other.micro_batch_size
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Of a layout: bytes on a device, and seconds of a step."""
+
+    layout: Layout
+    bytes: float
+    seconds: float
+
+
+def forecasts(cfg: RunConfig, devices: list[Any], chip: Chip) -> list[Forecast]:
+    """A forecast of every layout that the devices and the global batch allow, fastest first."""
+    run = described(cfg, devices)
+    shape = dict(run.mesh.shape)
+    batch = cfg.train.micro_batch_size * cfg.train.gradient_accumulation_steps
+    rows = batch * batch_shards(run.mesh)
+    found = []
+    for mesh in _meshes(shape, run.model_config):
+        axes = tuple(mesh.items())
+        first = Layout(axes, "full", 1, 1)
+        shards = mesh["data"] * mesh["fsdp"]
+        if rows % shards:
+            continue
+        at = described(first.applied(cfg), devices)
+        for micro in (n for n in range(1, rows // shards + 1) if rows // shards % n == 0):
+            for remat in _policies(cfg, devices[0]):
+                layout = Layout(axes, remat, micro, rows // shards // micro)
+                found.append(_forecast(at, layout, chip))
+    return sorted(found, key=lambda one: one.seconds)
+
+
+def _meshes(shape: dict[str, int], model: Any) -> Iterator[dict[str, int]]:
+    """Meshes of the same devices; `tensor` divides the heads and the MLP."""
+    count = math.prod(shape[name] for name in AXES)
+    divisors = [n for n in range(1, count + 1) if count % n == 0]
+    for data, fsdp in itertools.product(divisors, divisors):
+        tensor = count // (data * fsdp)
+        if data * fsdp * tensor != count:
+            continue
+        if all(n % tensor == 0 for n in (model.num_kv_heads, model.intermediate_size)):
+            yield shape | {"data": data, "fsdp": fsdp, "tensor": tensor}
+
+
+def _policies(cfg: RunConfig, device: Any) -> tuple[str, ...]:
+    if cfg.model.remat != "auto":
+        return (cfg.model.remat,)
+    allowed = FETCHING if cfg.model.offload_frozen else REMAT
+    return tuple(name for name in allowed if name != "offload" or has_host_memory(device))
+
+
+def _forecast(run: build.Run, layout: Layout, chip: Chip) -> Forecast:
+    """By the shapes of a run on the layout's mesh."""
+    c, mesh, micro = run.model_config, dict(layout.mesh), layout.micro_batch_size
+    steps, length = layout.gradient_accumulation_steps, run.config.data.max_seq_len
+    tensor, gathered = mesh["tensor"], math.prod(mesh[axis] for axis in GATHERED)
+    size = jnp.dtype(run.policy.compute_dtype).itemsize
+    tokens = micro * length // mesh["sequence"]
+    weights, trained = shard_bytes(run.frozen), shard_bytes(run.trainable)
+    outputs = 2 * (c.num_heads + c.num_kv_heads) * c.head_dim + 2 * c.intermediate_size
+    layer = tokens * size * (outputs / tensor + 2 * c.hidden_size)
+    inputs = tokens * size * c.hidden_size * c.num_layers
+    head = size * c.vocab_size * c.hidden_size / tensor
+    whole = weights * gathered  # of one tensor shard
+    work = 3.5 * layer + 2 * whole / c.num_layers + head
+    kept = inputs + _KEPT[layout.remat] * layer * c.num_layers
+    state = weights + trained * 4  # gradients and two moments besides the trained parameters
+
+    flops = run.flops_per_token(length) * tokens * steps / (tensor * 1.0)
+    forward = 0.5 if run.adapter is not None else 1 / 3
+    compute = flops * (1 + forward * _AGAIN[layout.remat]) / chip.flops
+    moved = steps * (3 * whole + (6 + 2 * _AGAIN[layout.remat]) * layer * c.num_layers)
+    sums = steps * (4 + 2 * _AGAIN[layout.remat]) * c.num_layers * inputs / c.num_layers
+    travels = steps * 2 * whole * (gathered - 1) / gathered + 2 * trained * gathered
+    travels += sums * 2 * (tensor - 1) / tensor
+    seconds = max(compute + moved / chip.bandwidth, travels / _network(chip, run))
+    return Forecast(layout, state + kept + work, seconds)
+
+
+def _network(chip: Chip, run: build.Run) -> float:
+    """Bytes/s between devices: of the slower network if they are of several hosts."""
+    several = chip.host_devices is not None and run.mesh.size > chip.host_devices
+    return chip.between_hosts if several and chip.between_hosts is not None else chip.network
