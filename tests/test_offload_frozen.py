@@ -17,6 +17,7 @@ from jaxtune import build, fit
 from jaxtune.checkpoint.source import open_checkpoint
 from jaxtune.data import TokenBatch
 from jaxtune.errors import ConfigError
+from jaxtune.planning.topology import DEVICELESS
 from jaxtune.schema import FETCHING, Data, Model, Quant, RunConfig, Train
 from jaxtune.sharding.mesh import HOST, make_mesh
 from tests import tolerances
@@ -122,14 +123,7 @@ def test_weights_leave_a_tpu(remat: str):
     pytest.importorskip("libtpu", reason="compiles for TPUs with libtpu")
 
     def compiled(where: str) -> dict[str, int]:
-        settings = {
-            "XLA_FLAGS": "",
-            "TPU_SKIP_MDS_QUERY": "1",
-            "TPU_ACCELERATOR_TYPE": "v5litepod-16",
-            "TPU_WORKER_HOSTNAMES": "localhost",
-            "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-            "PYTHONPATH": str(ROOT),
-        }
+        settings = DEVICELESS | {"XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
         command = [sys.executable, "-c", COMPILE, remat, where]
         done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-2000:]

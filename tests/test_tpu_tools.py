@@ -1,4 +1,4 @@
-"""The readers of libtpu's dumps and of scheduled HLO, on small texts whose counts are known."""
+"""The reader of libtpu's dumps, on small texts whose counts are known."""
 
 import importlib
 import sys
@@ -13,10 +13,8 @@ TOOLS = Path(__file__).resolve().parent.parent / "tools"
 @pytest.fixture
 def load(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(str(TOOLS))
-    monkeypatch.syspath_prepend(str(TOOLS / "bench"))
     yield importlib.import_module
-    for name in ("tpu_llo", "tpu_step"):
-        sys.modules.pop(name, None)
+    sys.modules.pop("tpu_llo", None)
 
 
 # A grid of 6 trips (bundles 1 to 13); inside it a region of 3 bundles with matrix work, one of 2
@@ -76,47 +74,3 @@ def test_utilization_and_vmem(load: Any):
     lines = "#allocation{} [shape = 'u8[4]', space={}, size = 0x{}, scoped, tag = 'x']\n"
     dump = lines.format(1, "vmem", "1000") + lines.format(2, "smem", "80")
     assert llo.vmem_bytes(dump) == 4096
-
-
-HLO = """HloModule step, num_partitions=4
-
-%body (arg: (s32[], f32[8,16], u8[4,32])) -> (s32[], f32[8,16], u8[4,32]) {
-  %arg = (s32[], f32[8,16]{1,0}, u8[4,32]{1,0}) parameter(0)
-  %i = s32[] get-tuple-element(%arg), index=0
-  %x = f32[8,16]{1,0} get-tuple-element(%arg), index=1
-  %codes = u8[4,32]{1,0} get-tuple-element(%arg), index=2
-  %one = s32[] constant(1)
-  %next = s32[] add(%i, %one)
-  %whole = u8[16,32]{1,0} all-gather(%codes), replica_groups=[1,4]<=[4], dimensions={0}
-  %w = f32[16,16]{1,0} constant({...})
-  %y = f32[8,16] convolution(%x, %w), dim_labels=bf_io->bf, config={"estimated_cycles":"1500"}
-  ROOT %out = (s32[], f32[8,16]{1,0}, u8[4,32]{1,0}) tuple(%next, %y, %codes)
-}
-
-%condition (arg: (s32[], f32[8,16], u8[4,32])) -> pred[] {
-  %arg.1 = (s32[], f32[8,16]{1,0}, u8[4,32]{1,0}) parameter(0)
-  %i.1 = s32[] get-tuple-element(%arg.1), index=0
-  %limit = s32[] constant(7)
-  ROOT %less = pred[] compare(%i.1, %limit), direction=LT
-}
-
-ENTRY %main (x: f32[8,16], codes: u8[4,32]) -> f32[8,16] {
-  %p0 = f32[8,16]{1,0} parameter(0)
-  %p1 = u8[4,32]{1,0} parameter(1)
-  %zero = s32[] constant(0)
-  %start = (s32[], f32[8,16]{1,0}, u8[4,32]{1,0}) tuple(%zero, %p0, %p1)
-  %loop = (s32[], f32[8,16]{1,0}, u8[4,32]{1,0}) while(%start), condition=%condition, body=%body
-  ROOT %result = f32[8,16]{1,0} get-tuple-element(%loop), index=1
-}
-"""
-
-
-def test_loops_are_multiplied_by_their_trips(load: Any):
-    llo, step = load("tpu_llo"), load("tpu_step")
-    program = step.Program(HLO, llo.CHIPS["v5e"])
-    total = program.run(program.entry)
-    assert total["flops"] == 7 * 2 * 8 * 16 * 16
-    assert total["all-gather", "u8"] == 7 * 16 * 32 * 3 / 4
-    gather = 16 * 32 * 3 / 4 / llo.CHIPS["v5e"].ici
-    assert total["sec"] == pytest.approx(7 * (1500 / 1.5e9 + gather), rel=1e-3)
-    assert not program.unread

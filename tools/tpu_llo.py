@@ -30,6 +30,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jaxtune import hardware
+from jaxtune.hlo import flops as hlo_flops
+from jaxtune.hlo.text import parse
+from jaxtune.planning.topology import DEVICELESS
+
 SLOTS = ("MXU", "XLU", "VALU", "VPOP", "EUP", "LOAD", "FILL", "STORE", "SPILL", "SALU")
 PASSES = (
     "packed-bundles-post-ra|pre-delay_hlo-static-per-bundle-utilization"
@@ -41,47 +46,37 @@ PASSES = (
 class Chip:
     """A TPU generation.
 
-    Sources: Google Cloud's pages of each version (bf16 peak, HBM bandwidth and size per chip);
-    jax._src.pallas.mosaic.tpu_info of jax 0.10.2 (VMEM of a core); arXiv 2304.01433 (clock of v4).
-    The other clocks are the peak divided by the products that a cycle of all matrix units makes
-    in the compiler's own schedule: 4 x 128 x 128 a core (v5e, v5p), 2 x 2 x 256 x 256 (v6e).
-
     Attributes:
         topology: smallest slice libtpu describes; cases are compiled for its first device.
-        flops: bfloat16 FLOP/s of a chip.
-        clock: Hz.
+        sheet: the data sheet. Its clock is the peak divided by the products that a cycle of all
+            matrix units makes in the compiler's own schedule: 4 x 128 x 128 a core (v5e, v5p),
+            2 x 2 x 256 x 256 (v6e).
         cores: TensorCores of a chip; one JAX device is a core on v4, a chip elsewhere.
-        vmem: bytes of a core.
-        hbm, bandwidth: bytes and bytes/s of a chip.
-        ici: bytes/s received over all links of a chip.
         delay_slots: bundles after a branch that run anyway, seen in the dumps.
     """
 
     topology: str
-    flops: float
-    clock: float
+    sheet: hardware.Chip
     cores: int
-    vmem: int
-    hbm: int
-    bandwidth: float
-    ici: float
     delay_slots: int
 
+    @property
+    def flops(self) -> float:
+        """Bfloat16 FLOP/s of a chip."""
+        return self.sheet.flops
 
-GIB = 2**30
+    @property
+    def clock(self) -> float:
+        """Hz."""
+        assert self.sheet.clock is not None, "of a TPU it is known"
+        return self.sheet.clock
+
+
 CHIPS = {
-    "v4": Chip("v4:2x2x1", 275e12, 1.05e9, 2, 16 << 20, 32 * GIB, 1228e9, 300e9, 1),
-    "v5e": Chip("v5e:2x2", 197e12, 1.5e9, 1, 128 << 20, 16 * GIB, 819e9, 200e9, 4),
-    "v5p": Chip("v5p:2x2x1", 459e12, 1.75e9, 2, 64 << 20, 95 * GIB, 2765e9, 600e9, 4),
-    "v6e": Chip("v6e:2x2", 918e12, 1.75e9, 1, 128 << 20, 32 * GIB, 1640e9, 448e9, 4),
-}
-
-DEVICELESS = {
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-16",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "JAX_PLATFORMS": "cpu",
+    "v4": Chip("v4:2x2x1", hardware.CHIPS["TPU v4"], 2, 1),
+    "v5e": Chip("v5e:2x2", hardware.CHIPS["TPU v5 lite"], 1, 4),
+    "v5p": Chip("v5p:2x2x1", hardware.CHIPS["TPU v5"], 2, 4),
+    "v6e": Chip("v6e:2x2", hardware.CHIPS["TPU v6 lite"], 1, 4),
 }
 
 
@@ -237,9 +232,13 @@ def dump_environment(folder: Path) -> dict[str, str]:
 
 def kernel_flops(text: str) -> dict[str, float]:
     """FLOPs by the cost estimate (0: none) of each Pallas call in an HLO text, by its name."""
-    calls = re.findall(r'%([\w.\-]+) = (.*"tpu_custom_call".*)', text)
-    estimate = r'"cost_estimate":\{[^}]*"flops":"?([\d.e+]+)'
-    return {name: float((re.findall(estimate, rest) or [0])[0]) for name, rest in calls}
+    program = parse(text)
+    return {
+        op.name: hlo_flops.flops(program, scope, op)
+        for scope in program.computations.values()
+        for op in scope.values()
+        if hlo_flops.is_kernel(op)
+    }
 
 
 def steps(program: dict[str, Any], flops: float, chip: Chip) -> tuple[int, int]:

@@ -74,11 +74,11 @@ def device_groups(text: str, devices: int) -> np.ndarray:
     Four forms: mesh['a'=2,'b'=4] {'b'} (with sub-axes 'b':(1)2), [4,2]<=[2,4]T(1,0),
     {{0,1},{2,3}}, and source_target_pairs={{0,1},{1,0}}.
     """
-    if found := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, *device_ids=\(([^)]*)\))? *\{([^}]*)\}", text):
-        return _of_mesh(*found.groups())
     if found := re.search(
-        r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text
+        r"replica_groups=mesh\[([^\]]*)\](?:, *device_ids=\(([^)]*)\))? *\{([^}]*)\}", text
     ):
+        return _of_mesh(*found.groups())
+    if found := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
         shape, order, turned = (_numbers(part) for part in found.groups(default=""))
         ids = np.arange(math.prod(order)).reshape(order)
         return (ids.transpose(turned) if turned else ids).reshape(shape)

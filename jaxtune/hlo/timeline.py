@@ -222,9 +222,7 @@ class _Line:
         for one in moved:
             received = {(one.kind, one.axes(mesh), one.dtype): one.received}
             seconds = one.received / link(self._chip, one) if self._chip is not None else 0.0
-            self.spend(
-                Work(memory_bytes=one.received, network_seconds=seconds, received=received)
-            )
+            self.spend(Work(memory_bytes=one.received, network_seconds=seconds, received=received))
             self._begin(one.key, seconds, "network")
         self._finish[name] = self._finish.get(moved[-1].key, 0.0)
 

@@ -16,6 +16,7 @@ from jaxtune.log import info
 from jaxtune.planning.account import Plan, described, plan
 from jaxtune.schema import RunConfig
 
+MOST_ROWS = 1 << 16  # that are asked for
 # Section, field and step of what can be made larger. Below 64 tokens kernels pad.
 QUANTITIES = {"max_seq": ("data", "max_seq_len", 64), "max_batch": ("train", "micro_batch_size", 1)}
 
@@ -90,14 +91,12 @@ def largest(cfg: RunConfig, topology: str, devices: list[Any], quantity: str) ->
 def _most(cfg: RunConfig, devices: list[Any], quantity: str) -> int:
     """The largest value that is asked for: of tokens, what the model's positions allow."""
     if quantity == "max_batch":
-        return 1 << 16
+        return MOST_ROWS
     high = type(cfg.data).__dataclass_fields__["max_seq_len"].metadata["high"]
     return min(high, described(cfg, devices).model_config.max_positions)
 
 
-def _search(
-    tried: Callable[[int], Plan | None], start: int, most: int
-) -> tuple[int, Plan] | None:
+def _search(tried: Callable[[int], Plan | None], start: int, most: int) -> tuple[int, Plan] | None:
     """The largest size up to `most` that fits, and its plan; None if 1 does not."""
     fitting: dict[int, Plan] = {}
     low, high, size = 0, most + 1, start
@@ -107,12 +106,12 @@ def _search(
             high = size
         else:
             low, fitting[size] = size, found
-        size = _guess(fitting, low, high)
+        size = _guess(fitting, low, high, most)
     return (low, fitting[low]) if low else None
 
 
-def _guess(fitting: dict[int, Plan], low: int, high: int) -> int:
-    """The size to try between one that fits (0: none yet) and one that does not."""
+def _guess(fitting: dict[int, Plan], low: int, high: int, most: int) -> int:
+    """The size to try between one that fits (0: none yet) and one that does not or is too many."""
     if low == 0:
         return max(1, high // 2)
     best = fitting[low]
@@ -123,4 +122,6 @@ def _guess(fitting: dict[int, Plan], low: int, high: int) -> int:
         slope = (best.total - fitting[smaller].total) / (low - smaller)
     free = USABLE * (best.limit or 0) - best.total
     guess = low + max(1, int(free / max(slope, 1.0)))
-    return min(guess, 4 * low) if guess < high else (low + high) // 2
+    if guess >= high:
+        guess = most if high > most else (low + high) // 2
+    return min(guess, 4 * low)

@@ -1,8 +1,8 @@
 """Layouts of a step over the devices, and a cheap forecast of what each costs.
 
-A layout is a mesh, a policy of recomputation and a micro-batch; the global batch stays the config's.
-The forecast counts FLOPs, weights that travel and activations that are kept; it only chooses what is
-worth compiling, so it need not be right, but cheap.
+A layout is a mesh, a policy of recomputation and a micro-batch; the global batch stays what the
+config says. The forecast counts FLOPs, weights that travel and activations that are kept; it only
+chooses what is worth compiling, so it need not be right, but cheap.
 """
 
 import dataclasses
@@ -68,7 +68,9 @@ class Layout:
     def needs_no_less_than(self, other: "Layout") -> bool:
         """Whether it surely takes as much memory: same mesh, no smaller and no leaner."""
         leaner = REMAT.index(self.remat) <= REMAT.index(other.remat)
-        return self.mesh == other.mesh and leaner and self.micro_batch_size >= other.micro_batch_size
+        return (
+            self.mesh == other.mesh and leaner and self.micro_batch_size >= other.micro_batch_size
+        )
 
 
 @dataclass(frozen=True)

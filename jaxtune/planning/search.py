@@ -1,6 +1,5 @@
 """The fastest layout of a step: those that look best by the forecast are compiled and compared."""
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +8,7 @@ from jaxtune.errors import ConfigError, DoesNotFitError
 from jaxtune.hardware import GIB
 from jaxtune.log import info
 from jaxtune.planning.account import Estimate, Plan, plan
-from jaxtune.planning.layouts import Forecast, Layout, forecasts
+from jaxtune.planning.layouts import Layout, forecasts
 from jaxtune.schema import RunConfig
 
 SLACK = 1.3  # a layout is compiled although the forecast says that it needs so much of the memory

@@ -17,17 +17,13 @@ from jaxtune.errors import ConfigError
 
 # libtpu asks the machine about its TPUs before it compiles, unless it is told not to.
 DEVICELESS = {
+    "JAX_PLATFORMS": "cpu",
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-16",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
-# The CUDA plugin looks for a driver and, with nothing to time on, cannot tune products.
-DRIVERLESS = {
-    "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
-    "XLA_FLAGS": "--xla_gpu_autotune_level=0",
-    "TF_CPP_MIN_LOG_LEVEL": "2",
-}
+_NO_TUNING = "--xla_gpu_autotune_level=0"  # nothing is there to time candidates on
 # The smallest slice that libtpu describes. Not v4, of which it describes cores instead of chips.
 _HOSTS = {"v5e": "2x2", "v5p": "2x2x1", "v6e": "2x2"}
 
@@ -111,7 +107,8 @@ def _gpus(name: str, kind: str, count: int) -> list[Any]:
     if count > host and (count % host or chip.between_hosts is None):
         most = f"up to {host}" + (f", or a multiple of {host}" if chip.between_hosts else "")
         raise ConfigError(f"--topology={name}: hosts have {host} {kind} each - use {most}")
-    os.environ.update(DRIVERLESS)
+    os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"  # of a driver
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_NO_TUNING}"
     shape = f"1x{count // host}x{host}"
     return _described(name, "XLA", platform="cuda", target_config=gpu_target(kind), topology=shape)
 

@@ -15,6 +15,7 @@ from jaxtune.ops.attention import blocks, flash, pallas_tpu
 from jaxtune.ops.attention.mask import Mask
 from jaxtune.ops.attention.pallas_tpu import Held, Sizes
 from jaxtune.ops.attention.pallas_tpu_scores import Interpret
+from jaxtune.planning.topology import DEVICELESS
 from tests import tolerances
 from tests.ops import attention_cases
 
@@ -143,13 +144,6 @@ for length, head in [(2048, 64), (2048, 256), (8192, 128), (32768, 64), (32768, 
             assert pallas_tpu.vmem_bytes() > 2**24
             compile(length, head)
 """
-ENVIRONMENT = {
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-16",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "JAX_PLATFORMS": "cpu",
-}
 
 
 @pytest.mark.slow
@@ -169,7 +163,7 @@ def test_compiles_for_a_tpu(chip: str, vmem: str) -> None:
     pytest.importorskip("libtpu")
     found = subprocess.run(
         [sys.executable, "-c", COMPILE, chip, vmem],
-        env=os.environ | ENVIRONMENT,
+        env=os.environ | DEVICELESS,
         capture_output=True,
         text=True,
     )

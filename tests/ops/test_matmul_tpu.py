@@ -13,6 +13,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from jaxtune import ops
 from jaxtune.ops.matmul import pallas_tpu
+from jaxtune.planning.topology import DEVICELESS
 from jaxtune.quant import quantize
 from tests.ops import matmul_cases
 
@@ -139,13 +140,6 @@ compile(3000, 576, 192, "int8", rank=16)
 compile(1, 4096, 4096, "nf4")
 compile(2048, 4096, 11008, "nf4", dtype=jnp.float32)
 """
-ENVIRONMENT = {
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-16",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "JAX_PLATFORMS": "cpu",
-}
 
 
 @pytest.mark.slow
@@ -154,7 +148,7 @@ def test_compiles_for_a_tpu(chip: str):
     pytest.importorskip("libtpu")
     found = subprocess.run(
         [sys.executable, "-c", COMPILE, chip],
-        env=os.environ | ENVIRONMENT,
+        env=os.environ | DEVICELESS,
         capture_output=True,
         text=True,
     )

@@ -8,21 +8,15 @@ from pathlib import Path
 
 import pytest
 
+from jaxtune.planning.topology import DEVICELESS
+
 ROOT = Path(__file__).parents[2]
 
 
 def compiled(*arguments: str) -> dict[str, int]:
     """In a process of its own: libtpu stays loaded."""
     pytest.importorskip("libtpu", reason="compiles for TPUs with libtpu")
-    settings = {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "",
-        "TPU_SKIP_MDS_QUERY": "1",
-        "TPU_ACCELERATOR_TYPE": "v5litepod-16",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-        "PYTHONPATH": str(ROOT),
-    }
+    settings = DEVICELESS | {"XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(Path(__file__).with_name("compile_tpu.py")), *arguments]
     done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]

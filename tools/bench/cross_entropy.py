@@ -17,12 +17,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ |= {
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-16",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-}
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
@@ -31,6 +25,7 @@ from jax.experimental import topologies  # noqa: E402
 from jax.sharding import Mesh, NamedSharding, PartitionSpec  # noqa: E402
 
 from jaxtune import ops  # noqa: E402
+from jaxtune.planning.topology import DEVICELESS  # noqa: E402
 
 TOPOLOGIES = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 ON_CPU = ((4096, 256, 128256, 0), (2048, 256, 128256, 3), (2048, 576, 49152, 3))
@@ -75,6 +70,7 @@ def compiled(function: Callable, argnums: tuple[int, ...], operands: tuple) -> A
 def on_tpu(chip: str) -> Iterator[dict]:
     """Llama-3.1-8B's head, 4096 tokens, bfloat16."""
     name = TOPOLOGIES[chip]
+    os.environ |= DEVICELESS
     device = topologies.get_topology_desc(platform="tpu", topology_name=name).devices[0]
     for transposed in (True, False):
         operands = shapes(4096, 4096, 128256, transposed, jnp.bfloat16, device)

@@ -8,9 +8,9 @@
 The very step that `jaxtune.train` would run (build.describe, step.make_train_step) is compiled from
 shapes, in a process of its own, for `share`, one chip's part of v5e:4x4 with FSDP over its 16 chips
 and a row of 2048 tokens each, or `one`, a single v5e chip of 16 GB. What is read: the compiler's
-account of memory (exact for this libtpu), what the all-gathers carry, and tpu_step's estimate of
-time, in which a kernel costs its static bundle count. A row that is in --out already is not
-computed again; out of memory is a row too.
+account of memory (exact for this libtpu), what the all-gathers carry, and the estimate of time of
+`jaxtune.hlo`, in which kernels and products cost their static bundle counts. A row that is in --out
+already is not computed again; out of memory is a row too.
 """
 
 import argparse
@@ -72,8 +72,7 @@ def compile_row(row: dict[str, Any], dumps: Path) -> dict[str, Any]:
             raise
         return result | {"oom": _needed(str(error))}
     result["compile_cpu_s"] = round(time.process_time() - start)
-    head = 4.0 * row["length"] * run.model_config.hidden_size * run.model_config.vocab_size
-    return result | _read(compiled, dumps, head)
+    return result | _read(compiled, dumps, dict(run.mesh.shape))
 
 
 def _weight_bytes(frozen: dict[str, Any]) -> float:
@@ -98,8 +97,9 @@ def _needed(error: str) -> str:
     return f"{sizes[1]} of {sizes[2]}" if sizes else error[:300]
 
 
-def _read(compiled: Any, dumps: Path, head: float) -> dict[str, Any]:
-    import tpu_step
+def _read(compiled: Any, dumps: Path, mesh: dict[str, int]) -> dict[str, Any]:
+    from jaxtune import hardware
+    from jaxtune.hlo.timeline import Reading
 
     plan = compiled.memory_analysis()
     sizes = {
@@ -115,11 +115,19 @@ def _read(compiled: Any, dumps: Path, head: float) -> dict[str, Any]:
     result["total_gib"] = round(total / 2**30, 3)
     text = compiled.as_text()
     (dumps / "step.hlo").write_text(text)
-    program = tpu_step.Program(text, tpu_llo.CHIPS[CHIP])
-    program.dynamic = head  # logits and dx of every token
-    flops = tpu_llo.kernel_flops(text) | program.products()
-    program.static |= tpu_llo.kernel_seconds(dumps, CHIP, flops)
-    return result | tpu_step.summary(program)
+    chip = hardware.CHIPS["TPU v5 lite"]
+    flops = tpu_llo.kernel_flops(text) | Reading(text, mesh, chip).products()
+    reading = Reading(text, mesh, chip, tpu_llo.kernel_seconds(dumps, CHIP, flops))
+    work = reading.work()
+    return result | {
+        "tflop": round(work.flops / 1e12, 2),
+        "est_ms": round(work.seconds * 1e3, 1),
+        "kernel_ms": round(work.kernel_seconds * 1e3, 1),
+        "exposed_ms": round(work.waiting_seconds * 1e3, 1),
+        "bound_ms": round(work.flops / chip.flops * 1e3, 1),
+        "received_gib": {f"{k} {d}": round(v / 2**30, 3) for (k, _, d), v in work.received.items()},
+        "unread_loops": sorted(reading.unread_loops),
+    }
 
 
 def key_of(row: dict[str, Any]) -> str:
