@@ -123,7 +123,8 @@ def test_what_does_not_fit_is_an_error_of_its_own():
 
 def test_sizes_need_no_files(tmp_path: Path):
     mesh = make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
-    for name, count in (("8b", 8_030_261_248), ("70b", 70_553_706_496), ("1b", 1_235_814_400)):
+    sizes = {"8b": 8_030_261_248, "70b": 70_553_706_496, "1b": 1_235_814_400}
+    for name, count in (sizes | {"104b": 103_810_609_152}).items():
         checkpoint = open_description(f"llama:{name}")
         run = build.describe(config(path=f"llama:{name}"), mesh, checkpoint)
         adapters = sum(leaf.size for leaf in run.trainable.values())

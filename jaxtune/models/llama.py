@@ -82,12 +82,14 @@ def _llama3(shape: tuple[int, int, int, int], *, factor: float, tied: bool) -> d
     }
 
 
-# Published sizes, for plans without files: Llama 3.2 (1b, 3b) and 3.1, from their config.json.
+# Published sizes, for plans without files: Llama 3.2 (1b, 3b) and 3.1, from their config.json. 104b
+# has the matrices of Command R+ (c4ai-command-r-plus) in Llama's order.
 SIZES = {
     "1b": _llama3((2048, 8192, 16, 32), factor=32.0, tied=True),
     "3b": _llama3((3072, 8192, 28, 24), factor=32.0, tied=True),
     "8b": _llama3((4096, 14336, 32, 32), factor=8.0, tied=False),
     "70b": _llama3((8192, 28672, 80, 64), factor=8.0, tied=False),
+    "104b": _llama3((12288, 33792, 64, 96), factor=8.0, tied=True) | {"vocab_size": 256000},
     "405b": _llama3((16384, 53248, 126, 128), factor=8.0, tied=False),
 }
 
