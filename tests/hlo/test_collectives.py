@@ -48,8 +48,8 @@ ENTRY %main (x: f32[8,16]) -> f32[8,16] {
   %x = f32[8,16]{1,0} parameter(0)
   %g = f32[32,16]{1,0} all-gather(%x), channel_id=1, replica_groups=[2,4]<=[8], dimensions={0}
   %s = f32[2,16]{1,0} reduce-scatter(%x), channel_id=2, replica_groups=[2,4]<=[8], dimensions={0}
-  %r = (f32[8,16]{1,0}, bf16[4]{0}) all-reduce-start(%x, %y), channel_id=3, replica_groups=[1,8]<=[8]
-  %p = (f32[8,16]{1,0}, f32[8,16]{1,0}, u32[]{:S(2)}) collective-permute-start(%x), channel_id=4, source_target_pairs={{0,1},{1,0}}
+  %r = (f32[8,16]{1,0}, bf16[4]{0}) all-reduce-start(%x, %y), replica_groups=[1,8]<=[8]
+  %p = (f32[8,16],f32[8,16],u32[]{:S(2)}) collective-permute-start(%x), source_target_pairs={{0,1}}
   %one = f32[8,16]{1,0} all-gather(%x), channel_id=5, replica_groups=[8,1]<=[8], dimensions={0}
   ROOT %end = f32[8,16]{1,0} copy(%x)
 }

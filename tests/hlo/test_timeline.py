@@ -122,12 +122,13 @@ def test_a_loop_that_depends_on_data_runs_as_often_as_its_note_says():
     assert found.work().flops == 6 * once and not found.unread_loops
 
 
-KERNEL = """HloModule kernel
+NAME = "jit(f)/kernel_of_4000000000_flops/pallas_call"
+KERNEL = f"""HloModule kernel
 
-ENTRY %main (x: bf16[64,64]) -> bf16[64,64] {
-  %x = bf16[64,64]{1,0} parameter(0)
-  ROOT %k = bf16[64,64]{1,0} custom-call(%x), custom_call_target="__gpu$xla.gpu.triton", metadata={op_name="jit(f)/kernel_of_4000000000_flops/pallas_call"}
-}
+ENTRY %main (x: bf16[64,64]) -> bf16[64,64] {{
+  %x = bf16[64,64] parameter(0)
+  ROOT %k = bf16[64,64] custom-call(%x), custom_call_target="__gpu$xla.gpu.triton", op_name="{NAME}"
+}}
 """
 
 

@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtune.ops.attention import Mask, make_operands, pallas_gpu
 from jaxtune.planning.topology import topology_devices
 
+
 def main(gpu: str, length: str, head_size: str, dtype: str) -> None:
     (device,) = topology_devices(f"{gpu}:1")
     sharding = NamedSharding(Mesh(np.array([device]), ("x",)), PartitionSpec())

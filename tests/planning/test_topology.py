@@ -15,7 +15,9 @@ from jaxtune.planning import topology
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.parametrize("name", ["v5e", "v4:2x2x1", "cpu:0", "h100", "b300:8", "v5e:4y4", "cpu:2x2"])
+@pytest.mark.parametrize(
+    "name", ["v5e", "v4:2x2x1", "cpu:0", "h100", "b300:8", "v5e:4y4", "cpu:2x2"]
+)
 def test_unknown_topologies(name: str):
     with pytest.raises(ConfigError, match=f"--topology={name}: must be v5e, v5p, v6e"):
         topology.topology_devices(name)
@@ -52,7 +54,8 @@ def test_a_data_sheet_is_of_the_whole_kind():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "kind"), [("h100:8", "NVIDIA H100 80GB HBM3"), ("rtx4090:1", "NVIDIA GeForce RTX 4090")]
+    ("name", "kind"),
+    [("h100:8", "NVIDIA H100 80GB HBM3"), ("rtx4090:1", "NVIDIA GeForce RTX 4090")],
 )
 def test_gpus_through_the_plugin(name: str, kind: str):
     if importlib.util.find_spec("jax_cuda12_plugin") is None:

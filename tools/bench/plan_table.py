@@ -1,11 +1,11 @@
-"""What fits where, and how fast it might be: `python -m jaxtune.plan` for a list of well-known steps.
+"""What fits where, and how fast it might be: `python -m jaxtune.plan` for well-known steps.
 
     python tools/bench/plan_table.py --out=runs/plan_table.json                 every row
     python tools/bench/plan_table.py --out=runs/plan_table.json 8b-lora-v5e-16  one
-    python tools/bench/plan_table.py --out=runs/plan_table.json --table         print, compute nothing
+    python tools/bench/plan_table.py --out=runs/plan_table.json --table         only prints
 
-A row that is in --out already is not computed again; a step that does not fit is a row too. Rows for
-TPUs need libtpu, rows for GPUs the CUDA plugin, and minutes of CPU each.
+A row that is in --out already is not computed again; a step that does not fit is a row too. Rows
+for TPUs need libtpu, rows for GPUs the CUDA plugin, and minutes of CPU each.
 """
 
 import argparse

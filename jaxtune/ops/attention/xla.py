@@ -85,7 +85,8 @@ def _tiles(operands: Operands) -> _Tiles:
         count = some.sum()
         if isinstance(offset, int):
             of_any = dataclasses.replace(mask, query_segments=None, key_segments=None, columns=None)
-            most = np.count_nonzero(seen_blocks(of_any, offset, (t, s), (rows, cols))[0])
+            some_of_any, _ = seen_blocks(of_any, offset, (t, s), (rows, cols))
+            most = int(np.count_nonzero(some_of_any))
     query_blocks, key_blocks = (jnp.asarray(x, jnp.int32) for x in pairs)
     return _Tiles(rows, cols, query_blocks, key_blocks, count, most)
 
