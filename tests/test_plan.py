@@ -55,8 +55,8 @@ def test_eight_devices_hold_an_eighth():
     kinds = {(part["kind"], part["axes"]) for part in eight["received"]}
     assert {("all-gather", "fsdp"), ("all-reduce", "fsdp")} <= kinds
     assert one["flops"] / 8 < eight["flops"] < one["flops"]
-    for kind in ("adapters", "optimizer"):  # half of them has no axis that fsdp shards
-        assert one[kind] / 8 < eight[kind] < one[kind], kind
+    for kind in ("adapters", "optimizer"):  # the optimizer's count of steps is whole everywhere
+        assert one[kind] / 8 <= eight[kind] < one[kind] / 8 + 64, kind
     assert one["weights"] / 8 <= eight["weights"] <= 0.3 * one["weights"]
 
 
