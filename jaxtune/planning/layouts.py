@@ -15,6 +15,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from jaxtune import build
+from jaxtune.errors import ConfigError
 from jaxtune.hardware import Chip
 from jaxtune.nn.stack import REMAT
 from jaxtune.planning.account import described, shard_bytes
@@ -93,9 +94,12 @@ def forecasts(cfg: RunConfig, devices: list[Any], chip: Chip) -> list[Forecast]:
         axes = tuple(mesh.items())
         first = Layout(axes, "full", 1, 1)
         shards = mesh["data"] * mesh["fsdp"]
-        if rows % shards:
+        if rows % shards:  # the global batch would change
             continue
-        at = described(first.applied(cfg), devices)
+        try:
+            at = described(first.applied(cfg), devices)
+        except ConfigError:  # the mesh does not suit the model or another option
+            continue
         for micro in (n for n in range(1, rows // shards + 1) if rows // shards % n == 0):
             for remat in _policies(cfg, devices[0]):
                 layout = Layout(axes, remat, micro, rows // shards // micro)
@@ -124,30 +128,33 @@ def _policies(cfg: RunConfig, device: Any) -> tuple[str, ...]:
 
 def _forecast(run: build.Run, layout: Layout, chip: Chip) -> Forecast:
     """By the shapes of a run on the layout's mesh."""
-    c, mesh, micro = run.model_config, dict(layout.mesh), layout.micro_batch_size
-    steps, length = layout.gradient_accumulation_steps, run.config.data.max_seq_len
+    c, mesh, again = run.model_config, dict(layout.mesh), _AGAIN[layout.remat]
     tensor, gathered = mesh["tensor"], math.prod(mesh[axis] for axis in GATHERED)
+    steps, length = layout.gradient_accumulation_steps, run.config.data.max_seq_len
+    tokens = layout.micro_batch_size * length // mesh["sequence"]
     size = jnp.dtype(run.policy.compute_dtype).itemsize
-    tokens = micro * length // mesh["sequence"]
     weights, trained = shard_bytes(run.frozen), shard_bytes(run.trainable)
+    whole = weights * gathered  # of a tensor shard
     outputs = 2 * (c.num_heads + c.num_kv_heads) * c.head_dim + 2 * c.intermediate_size
     layer = tokens * size * (outputs / tensor + 2 * c.hidden_size)
-    inputs = tokens * size * c.hidden_size * c.num_layers
-    head = size * c.vocab_size * c.hidden_size / tensor
-    whole = weights * gathered  # of one tensor shard
-    work = 3.5 * layer + 2 * whole / c.num_layers + head
-    kept = inputs + _KEPT[layout.remat] * layer * c.num_layers
-    state = weights + trained * 4  # gradients and two moments besides the trained parameters
+    residuals = tokens * size * c.hidden_size * c.num_layers
 
-    flops = run.flops_per_token(length) * tokens * steps / (tensor * 1.0)
+    state = weights + 4 * trained  # with gradients and two moments
+    kept = residuals + _KEPT[layout.remat] * layer * c.num_layers
+    head = size * c.vocab_size * c.hidden_size / tensor
+    temporary = 3.5 * layer + 2 * whole / c.num_layers + head
+
     forward = 0.5 if run.adapter is not None else 1 / 3
-    compute = flops * (1 + forward * _AGAIN[layout.remat]) / chip.flops
-    moved = steps * (3 * whole + (6 + 2 * _AGAIN[layout.remat]) * layer * c.num_layers)
-    sums = steps * (4 + 2 * _AGAIN[layout.remat]) * c.num_layers * inputs / c.num_layers
-    travels = steps * 2 * whole * (gathered - 1) / gathered + 2 * trained * gathered
-    travels += sums * 2 * (tensor - 1) / tensor
-    seconds = max(compute + moved / chip.bandwidth, travels / _network(chip, run))
-    return Forecast(layout, state + kept + work, seconds)
+    flops = steps * tokens * run.flops_per_token(length) / tensor * (1 + forward * again)
+    moved = steps * (3 * whole + (6 + 2 * again) * layer * c.num_layers)
+    gathers = 2 * steps * whole * (gathered - 1) / gathered
+    sums = steps * (4 + 2 * again) * residuals * 2 * (tensor - 1) / tensor
+    gradients = 2 * trained * gathered
+    seconds = max(
+        flops / chip.flops + moved / chip.bandwidth,
+        (gathers + sums + gradients) / _network(chip, run),
+    )
+    return Forecast(layout, state + kept + temporary, seconds)
 
 
 def _network(chip: Chip, run: build.Run) -> float:
