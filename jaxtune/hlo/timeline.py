@@ -11,7 +11,7 @@ TPU charges elementwise code about 2.5 times what its bytes take.
 
 import collections
 import dataclasses
-import functools
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -94,7 +94,7 @@ class Reading:
         self.program: Program = parse(text)
         self.unread_loops: set[str] = set()
         self._mesh, self._chip, self._static = mesh, chip, static or {}
-        self._devices = functools.reduce(lambda a, b: a * b, mesh.values(), 1)
+        self._devices = math.prod(mesh.values())
         self._known: dict[str, Work] = {}
 
     def work(self) -> Work:
