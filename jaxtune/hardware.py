@@ -40,8 +40,8 @@ class Chip:
 
 GIB = 2**30
 # By `device_kind`. TPUs: Google Cloud's pages of each version; a clock is the peak divided by the
-# products of a cycle (arXiv 2304.01433 for v4). GPUs: NVIDIA's data sheets, without sparsity, of the
-# SXM boards; those without NVLink are taken to have PCIe 4.0 x16.
+# products of a cycle (arXiv 2304.01433 for v4). GPUs: NVIDIA's data sheets, without sparsity, of
+# the SXM boards; those without NVLink are taken to have PCIe 4.0 x16.
 CHIPS = {
     "TPU v4": Chip(275e12, 32 * GIB, 1228e9, 300e9, 1.05e9),
     "TPU v5 lite": Chip(197e12, 16 * GIB, 819e9, 200e9, 1.5e9),
