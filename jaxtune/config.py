@@ -144,10 +144,7 @@ def _contradictions(config: RunConfig) -> list[str]:
             "config.model.offload_frozen would be ignored: peft.method=full trains every matrix"
         )
     if c.model.offload_frozen and c.model.layers == "unroll":
-        problems.append(
-            "config.model.layers=unroll: model.offload_frozen fetches layers in a scan - "
-            "leave it at auto"
-        )
+        problems.append("config.model.layers: offload_frozen fetches layers in a scan - use auto")
     if c.model.offload_frozen and c.model.remat not in ("auto", *FETCHING):
         problems.append(
             f"config.model.remat={c.model.remat} would keep weights on the device that "
