@@ -152,3 +152,24 @@ def test_an_8b_model_on_tpus():
     assert found["devices"] == 16 and found["total"] < 3.6 * 2**30
     one = planned(*model, *batch, "--config.model.remat=full", "--topology=v5e:1x1")
     assert one.returncode == 6 and "the compiler needs" in one.stderr
+
+
+@pytest.mark.slow
+def test_stages_compile_for_tpus_with_their_kernels(tmp_path: Path):
+    pytest.importorskip("libtpu", reason="compiles for TPUs with libtpu")
+    sizes = {"hidden_size": 512, "num_hidden_layers": 4, "head_dim": 128, "vocab_size": 2048}
+    (tmp_path / "config.json").write_text(json.dumps(models.sized("llama", "1b") | sizes))
+    result = planned(
+        f"--config.model.path={tmp_path}",
+        "--config.model.tokenizer=none",
+        "--config.data.max_seq_len=512",
+        "--config.quant.format=int8",
+        "--config.model.remat=full",
+        "--config.train.micro_batch_size=4",
+        "--config.mesh.stage=2",
+        "--config.mesh.fsdp=2",
+        "--topology=v5e:2x2",
+        "--json",
+    )
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["mesh"]["stage"] == 2
