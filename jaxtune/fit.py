@@ -78,6 +78,17 @@ def _is_open(run: build.Run) -> bool:
     return run.config.model.remat == "auto" and limit is not None
 
 
+def policies(run: build.Run) -> list[str]:
+    """What may be recomputed on the run's devices, from the fastest to the leanest."""
+    device = run.mesh.devices.flat[0]
+    fetches = run.policy.offload_frozen or run.policy.chunks > 1
+    # A CPU's memory is the host's; a pipeline refuses it.
+    offloads = device.platform != "cpu" and pipeline.num_stages(run.mesh) == 1
+    offloads = offloads and has_host_memory(device)
+    names = FETCHING if fetches else REMAT
+    return [name for name in names if name != "offload" or offloads]
+
+
 def _compiled(run: build.Run, tx: optax.GradientTransformation, step: Any) -> Any:
     """The compiled program; DoesNotFitError if the compiler finds none that fits."""
     state = build.abstract_state(run, tx)
@@ -108,13 +119,7 @@ def _search(
     """
     device = run.mesh.devices.flat[0]
     limit: Any = hardware.memory_bytes(device)
-    for name in REMAT:
-        cannot = device.platform == "cpu" or not has_host_memory(device)  # its memory is the host's
-        if name == "offload" and (cannot or pipeline.num_stages(run.mesh) > 1):
-            continue
-        fetches = run.policy.offload_frozen or run.policy.chunks > 1
-        if fetches and name not in FETCHING:
-            continue
+    for name in policies(run):
         candidate = run if name == run.policy.remat else build.with_remat(run, name)
         step = _step(candidate, tx, schedule)
         try:

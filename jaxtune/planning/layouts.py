@@ -14,13 +14,12 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jaxtune import build
+from jaxtune import build, fit
 from jaxtune.errors import ConfigError
 from jaxtune.hardware import Chip
 from jaxtune.nn.stack import REMAT
 from jaxtune.planning.account import described, shard_bytes
-from jaxtune.schema import FETCHING, RunConfig
-from jaxtune.sharding.mesh import has_host_memory
+from jaxtune.schema import RunConfig
 from jaxtune.sharding.rules import GATHERED, batch_shards
 
 AXES = ("data", "fsdp", "tensor")  # what is searched; other axes stay as the config says
@@ -91,19 +90,18 @@ def forecasts(cfg: RunConfig, devices: list[Any], chip: Chip) -> list[Forecast]:
     rows = batch * batch_shards(run.mesh)
     found = []
     for mesh in _meshes(shape, run.model_config):
-        axes = tuple(mesh.items())
-        first = Layout(axes, "full", 1, 1)
         shards = mesh["data"] * mesh["fsdp"]
         if rows % shards:  # the global batch would change
             continue
+        axes, each = tuple(mesh.items()), rows // shards
         try:
-            at = described(first.applied(cfg), devices)
+            at = described(Layout(axes, "full", each, 1).applied(cfg), devices)
         except ConfigError:  # the mesh does not suit the model or another option
             continue
-        for micro in (n for n in range(1, rows // shards + 1) if rows // shards % n == 0):
-            for remat in _policies(cfg, devices[0]):
-                layout = Layout(axes, remat, micro, rows // shards // micro)
-                found.append(_forecast(at, layout, chip))
+        policies = fit.policies(at) if cfg.model.remat == "auto" else [cfg.model.remat]
+        for micro in (n for n in range(mesh["stage"], each + 1, mesh["stage"]) if each % n == 0):
+            layouts = (Layout(axes, remat, micro, each // micro) for remat in policies)
+            found += [_forecast(at, layout, chip) for layout in layouts]
     return sorted(found, key=lambda one: one.seconds)
 
 
@@ -119,17 +117,11 @@ def _meshes(shape: dict[str, int], model: Any) -> Iterator[dict[str, int]]:
             yield shape | {"data": data, "fsdp": fsdp, "tensor": tensor}
 
 
-def _policies(cfg: RunConfig, device: Any) -> tuple[str, ...]:
-    if cfg.model.remat != "auto":
-        return (cfg.model.remat,)
-    allowed = FETCHING if cfg.model.offload_frozen else REMAT
-    return tuple(name for name in allowed if name != "offload" or has_host_memory(device))
-
-
 def _forecast(run: build.Run, layout: Layout, chip: Chip) -> Forecast:
     """By the shapes of a run on the layout's mesh."""
     c, mesh, again = run.model_config, dict(layout.mesh), _AGAIN[layout.remat]
     tensor, gathered = mesh["tensor"], math.prod(mesh[axis] for axis in GATHERED)
+    layers = c.num_layers / mesh["stage"]
     steps, length = layout.gradient_accumulation_steps, run.config.data.max_seq_len
     tokens = layout.micro_batch_size * length // mesh["sequence"]
     size = jnp.dtype(run.policy.compute_dtype).itemsize
@@ -137,16 +129,17 @@ def _forecast(run: build.Run, layout: Layout, chip: Chip) -> Forecast:
     whole = weights * gathered  # of a tensor shard
     outputs = 2 * (c.num_heads + c.num_kv_heads) * c.head_dim + 2 * c.intermediate_size
     layer = tokens * size * (outputs / tensor + 2 * c.hidden_size)
-    residuals = tokens * size * c.hidden_size * c.num_layers
+    residuals = tokens * size * c.hidden_size * layers
 
     state = weights + 4 * trained  # with gradients and two moments
-    kept = residuals + _KEPT[layout.remat] * layer * c.num_layers
+    kept = residuals + _KEPT[layout.remat] * layer * layers
     head = size * c.vocab_size * c.hidden_size / tensor
-    temporary = 3.5 * layer + 2 * whole / c.num_layers + head
+    temporary = 3.5 * layer + 2 * whole / layers + head
 
     forward = 0.5 if run.adapter is not None else 1 / 3
-    flops = steps * tokens * run.flops_per_token(length) / tensor * (1 + forward * again)
-    moved = steps * (3 * whole + (6 + 2 * again) * layer * c.num_layers)
+    share = run.flops_per_token(length) / (tensor * mesh["stage"])
+    flops = steps * tokens * share * (1 + forward * again)
+    moved = steps * (3 * whole + (6 + 2 * again) * layer * layers)
     gathers = 2 * steps * whole * (gathered - 1) / gathered
     sums = steps * (4 + 2 * again) * residuals * 2 * (tensor - 1) / tensor
     gradients = 2 * trained * gathered
