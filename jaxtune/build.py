@@ -24,7 +24,7 @@ from jaxtune import models, objectives, peft, tree
 from jaxtune.checkpoint import hf
 from jaxtune.checkpoint.adapter import Adapter, load_adapter
 from jaxtune.checkpoint.tensors import Checkpoint
-from jaxtune.distributed import batch_to_device, to_device
+from jaxtune.distributed import batch_to_device, held_rows, to_device
 from jaxtune.errors import ConfigError
 from jaxtune.nn import quantized
 from jaxtune.nn.params import AdapterConstant, AdapterParam, Policy
@@ -73,12 +73,25 @@ class Run:
     imported: Adapter | None
     objective: Objective
 
-    def put(self, batch: Any) -> Any:
-        """A host batch of [A, B, T] or [B, T] arrays on the devices, its rows over the shards."""
+    def held_rows(self, rows: int) -> tuple[int, ...]:
+        """Which rows of a batch of so many this process's devices hold."""
+        return held_rows(rules.sharding((rows,), ("batch",), self.mesh), rows)
+
+    def put(self, batch: Any, rows: int | None = None) -> Any:
+        """A host batch of [A, B, T] or [B, T] arrays on the devices, its rows over the shards.
+
+        Args:
+            batch: the rows that `held_rows` names.
+            rows: B in all processes; None: `batch` has them all.
+        """
+        count: int = jax.tree.leaves(batch)[0].shape[-2] if rows is None else rows
+        held = self.held_rows(count)
 
         def put_one(array: np.ndarray) -> jax.Array:
+            shape = (*array.shape[:-2], count, array.shape[-1])
             axes = (None, "batch", "length")[-array.ndim :]
-            return batch_to_device(array, rules.sharding(array.shape, axes, self.mesh, "batch"))
+            where = rules.sharding(shape, axes, self.mesh, "batch")
+            return batch_to_device(array, where, count, held)
 
         return jax.tree.map(put_one, batch)
 
@@ -350,5 +363,5 @@ def initial_state(run: Run, tx: optax.GradientTransformation, values: Params) ->
     abstract = abstract_state(run, tx)
     trainable = {name: values[name] for name in run.trainable}
     init = jax.jit(tx.init, out_shardings=shardings(abstract.opt_state))
-    step, bad_steps = (jax.device_put(np.int32(0), abstract.step.sharding) for _ in range(2))
+    step, bad_steps = (to_device(np.int32(0), abstract.step.sharding) for _ in range(2))
     return TrainState(step, bad_steps, trainable, init(trainable))

@@ -1,8 +1,63 @@
-"""Host data as global arrays, in one process or many."""
+"""Several processes as one: start-up, host data on global arrays and back, agreement.
+
+With one process everything here is what it would be without it.
+"""
+
+import atexit
+import itertools
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, Sharding
+from jax._src.distributed import global_state
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
+
+from jaxtune import cluster, process
+from jaxtune.errors import ConfigError, listing
+from jaxtune.schema import Distributed
+
+LONG_MS = 7 * 24 * 3600 * 1000  # a wait that ends by the loss of a process, not by time
+_SLACK_MS = 60_000
+_calls = itertools.count()  # names what is agreed; all processes count alike
+
+
+def start(options: Distributed) -> None:
+    """Joins the other processes of the run, if there are any; must precede any use of devices.
+
+    A program that has called `jax.distributed.initialize` itself is left as it is.
+
+    Raises:
+        ConfigError: the place among the processes is described in part, or the others do not come.
+    """
+    if not jax.distributed.is_initialized():
+        arguments = cluster.find(options)
+        if arguments is None:
+            return
+        # Its handler would keep SIGTERM from us; the stop is agreed on by `Vote`.
+        jax.config.update("jax_enable_preemption_service", False)
+        try:
+            jax.distributed.initialize(
+                **arguments, initialization_timeout=options.start_timeout_seconds
+            )
+        except (RuntimeError, ValueError) as error:
+            raise ConfigError(
+                f"the processes of the run do not find each other ({_first_line(error)}) - is "
+                "process 0 running, its host and port reachable, and each number taken once?"
+            ) from error
+        atexit.register(jax.distributed.shutdown)
+    process.set_place(global_state.process_id, global_state.num_processes)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]
+
+
+# Host data and global arrays.
 
 
 def to_device(array: np.ndarray, sharding: Sharding | None) -> jax.Array:
@@ -15,6 +70,126 @@ def to_device(array: np.ndarray, sharding: Sharding | None) -> jax.Array:
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
-def batch_to_device(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
-    """The rows that this process holds of a global batch, as a global array."""
-    return jax.make_array_from_process_local_data(sharding, array)
+def held_rows(sharding: NamedSharding, rows: int) -> tuple[int, ...]:
+    """The rows of a batch of so many that this process's devices hold, ascending.
+
+    Processes hold the same rows where a mesh axis that does not cut rows runs across them.
+
+    Args:
+        sharding: of an array [rows].
+        rows: in the batch of all processes.
+    """
+    held: set[int] = set()
+    for (part,) in sharding.addressable_devices_indices_map((rows,)).values():
+        held.update(range(rows)[part])
+    return tuple(sorted(held))
+
+
+def batch_to_device(
+    array: np.ndarray, sharding: NamedSharding, rows: int, held: tuple[int, ...]
+) -> jax.Array:
+    """The rows [..., held, T] of a batch, as the global array [..., rows, T]."""
+    if jax.process_count() == 1:
+        return jax.device_put(array, sharding)
+    place = {row: position for position, row in enumerate(held)}
+
+    def part(index: Any) -> np.ndarray:
+        own = [place[row] for row in range(rows)[index[-2]]]
+        return array[..., own, :][..., index[-1]]
+
+    shape = (*array.shape[:-2], rows, array.shape[-1])
+    return jax.make_array_from_callback(shape, sharding, part)
+
+
+def to_host(array: Any) -> np.ndarray:
+    """The whole of an array on the host of every process; all must call it, in the same order."""
+    if not isinstance(array, jax.Array) or array.is_fully_addressable:
+        return np.asarray(array)
+    return multihost_utils.process_allgather(array, tiled=True)
+
+
+# Agreement.
+
+
+class Vote:
+    """Whether any process says yes, asked again and again.
+
+    With several processes an answer belongs to the question before: the devices bring the answers
+    together while the next step runs, and all processes read the same one at the same step.
+    """
+
+    def __init__(self, mesh: Mesh):
+        self._each = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+        self._any = jax.jit(jnp.any, out_shardings=NamedSharding(mesh, PartitionSpec()))
+        self._asked = self._put(False)
+
+    def ask(self, yes: bool) -> bool:
+        """The answer to the last question (with one process: to this one), and the next question."""
+        if jax.process_count() == 1:
+            return yes
+        answer, self._asked = self._asked, self._put(yes)
+        return bool(answer)
+
+    def decide(self, yes: bool) -> bool:
+        """The answer to this question; waits for all processes."""
+        return bool(self._put(yes))
+
+    def _put(self, yes: bool) -> Any:
+        if jax.process_count() == 1:
+            return yes
+        flag = np.array([yes])
+        size = (self._each.mesh.size,)
+        return self._any(jax.make_array_from_callback(size, self._each, lambda _: flag))
+
+
+def smallest(value: float | None) -> float | None:
+    """The smallest value that a process gives, rounded to float32; None if all give None."""
+    if jax.process_count() == 1:
+        return value
+    mine = np.float32(math.inf if value is None else value)
+    found = float(multihost_utils.process_allgather(mine).min())
+    return None if math.isinf(found) else found
+
+
+def wait_for_all(purpose: str) -> None:
+    """Waits until every process is here."""
+    if process.count() > 1:
+        client().wait_at_barrier(f"jaxtune/{purpose}/{next(_calls)}", LONG_MS)
+
+
+def check_same(facts: Mapping[str, str]) -> None:
+    """Compares what the processes are about to do with what process 0 is.
+
+    Raises:
+        ConfigError: on every process; it names those that differ, and in what.
+    """
+    if process.count() == 1:
+        return
+    folder = f"jaxtune/same/{next(_calls)}"
+    if process.is_first():
+        client().key_value_set(f"{folder}/facts", json.dumps(dict(facts)))
+    first = json.loads(client().blocking_key_value_get(f"{folder}/facts", LONG_MS))
+    differing = [
+        f"process {process.index()} has {name}={facts.get(name)}, process 0 {first.get(name)}"
+        for name in sorted(first.keys() | facts.keys())
+        if first.get(name) != facts.get(name)
+    ]
+    if differing:
+        client().key_value_set(f"{folder}/differing/{process.index()}", listing(differing, 5))
+    wait_for_all("compared")
+    found = client().key_value_dir_get(f"{folder}/differing")
+    if found:
+        raise ConfigError(
+            f"{len(found)} of {process.count()} processes differ from process 0 - start all with "
+            f"the same options, code and data:{''.join(text for _, text in found)}"
+        )
+
+
+def leave() -> None:
+    """Parts from the other processes, which must do so now, too."""
+    jax.distributed.shutdown()
+
+
+def client() -> Any:
+    """JAX's connection to the coordination service in process 0."""
+    return global_state.client

@@ -12,6 +12,8 @@ import traceback
 from collections.abc import Callable, Iterable
 from typing import NoReturn
 
+from jaxtune import process
+
 
 class JaxtuneError(Exception):
     """Base of every error with a user-readable message; `exit_code` is the process's status."""
@@ -47,6 +49,18 @@ class DoesNotFitError(ConfigError):
     """The step needs more memory than a device has."""
 
     exit_code = 6
+
+
+class HangError(JaxtuneError):
+    """A step took longer than it may (distributed.step_timeout_seconds)."""
+
+    exit_code = 70
+
+
+class PeerError(JaxtuneError):
+    """Another process of the run has ended; start all again to go on."""
+
+    exit_code = 71
 
 
 class StorageError(JaxtuneError):
@@ -98,13 +112,23 @@ def run_command(main: Callable[[], None]) -> None:
             raise
         text = f"{error.filename or 'a file'}: {error.strerror} - make room or choose another place"
         _exit(StorageError.exit_code, text, debug)
+    except Exception:
+        if process.count() == 1:
+            raise
+        traceback.print_exc()
+        os._exit(JaxtuneError.exit_code)  # the runtime's own exit would wait for the others
+
+
+def end_process(error: JaxtuneError) -> NoReturn:
+    """Says what is wrong and ends the process, from any thread."""
+    _exit(error.exit_code, str(error), debug=False)
 
 
 def _exit(code: int, text: str, debug: bool) -> NoReturn:
     if debug:
         traceback.print_exc()
     sys.stdout.flush()
-    sys.stderr.write(f"jaxtune: error: {text}\n")
+    sys.stderr.write(f"jaxtune: error: {process.label()}{text}\n")
     sys.stderr.flush()
     # Not sys.exit: background threads (prefetch, async save) may be blocked on what just failed.
     os._exit(code)

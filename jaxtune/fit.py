@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxtune import build, hardware, optim
+from jaxtune import build, hardware, optim, process
 from jaxtune.data import TokenBatch
+from jaxtune.distributed import smallest
 from jaxtune.errors import DoesNotFitError
 from jaxtune.log import info, warn
 from jaxtune.nn.stack import REMAT
@@ -74,8 +75,13 @@ def check_fits(needed: int, limit: int | None, kind: str) -> None:
 
 def _is_open(run: build.Run) -> bool:
     """Whether memory decides what is recomputed."""
-    limit = hardware.memory_bytes(run.mesh.devices.flat[0])
-    return run.config.model.remat == "auto" and limit is not None
+    return run.config.model.remat == "auto" and _limit(run) is not None
+
+
+def _limit(run: build.Run) -> float | None:
+    """Bytes of the device with the least memory, as far as each process knows its own."""
+    device = run.mesh.devices.flat[0] if process.count() == 1 else jax.local_devices()[0]
+    return smallest(hardware.memory_bytes(device))
 
 
 def policies(run: build.Run) -> list[str]:
@@ -118,7 +124,7 @@ def _search(
     No program if nothing fits a CPU, whose memory may be more than is free now.
     """
     device = run.mesh.devices.flat[0]
-    limit: Any = hardware.memory_bytes(device)
+    limit: Any = _limit(run)
     for name in policies(run):
         candidate = run if name == run.policy.remat else build.with_remat(run, name)
         step = _step(candidate, tx, schedule)

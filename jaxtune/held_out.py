@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from jaxtune import data
+from jaxtune import data, process
 from jaxtune.build import Run
 from jaxtune.infer import Sampling, generate
 from jaxtune.log import Log, read_rows, warn
@@ -61,8 +61,11 @@ class HeldOut:
     def _batches(self, dataset: data.Dataset) -> Iterator[data.TokenBatch]:
         config = self._run.config
         rows = config.eval.batch_size * batch_shards(self._run.mesh)
-        loader = data.make_loader(dataset, config.data, rows=rows, seed=config.train.seed)
-        return map(self._run.put, loader.one_pass())
+        held = self._run.held_rows(rows)
+        loader = data.make_loader(
+            dataset, config.data, rows=rows, seed=config.train.seed, held=held
+        )
+        return (self._run.put(batch, rows) for batch in loader.one_pass())
 
     def answer(self, step: int, trainable: Params) -> dict[str, Path]:
         """Generates the last answer of each held-out row and counts the exact ones.
@@ -102,6 +105,8 @@ class HeldOut:
     def _write_samples(self, field: str, answers: list[str]) -> dict[str, Path]:
         """Adds a field to the rows of samples.jsonl; after training, shows a few rows."""
         path = Path(self._run.config.train.output_dir) / "samples.jsonl"
+        if not process.is_first():
+            return {"samples": path}
         samples = [
             {"prompt": messages[-1].content, "reference": right, field: answer}
             for (messages, right), answer in zip(self._rows(), answers, strict=True)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jaxtune import process
 from jaxtune.schema import Log as LogConfig
 
 
@@ -22,15 +23,16 @@ class Writer(NamedTuple):
 
 
 def info(text: str) -> None:
-    """One line to the console."""
-    sys.stdout.write(text + "\n")
-    sys.stdout.flush()
+    """One line to the console, from the first process only."""
+    if process.is_first():
+        sys.stdout.write(text + "\n")
+        sys.stdout.flush()
 
 
 def warn(text: str) -> None:
-    """One warning line to the console's error stream."""
+    """One warning line to the console's error stream, from any process."""
     sys.stdout.flush()
-    sys.stderr.write(f"jaxtune: warning: {text}\n")
+    sys.stderr.write(f"jaxtune: warning: {process.label()}{text}\n")
 
 
 def every_few_seconds(label: str) -> Callable[[int, int], None]:
@@ -47,7 +49,7 @@ def every_few_seconds(label: str) -> Callable[[int, int], None]:
 
 
 class Log:
-    """Sends each row of metrics to every writer, and shows progress."""
+    """Sends each row of metrics to every writer, and shows progress; in the first process only."""
 
     def __init__(self, config: LogConfig, folder: Path, start: int, num_steps: int):
         """Opens the writers; rows of metrics.jsonl after step `start` belong to a lost run."""
@@ -56,10 +58,15 @@ class Log:
         self._num_steps = num_steps
         self._first: tuple[int, float] | None = None  # step and time of the first training row
         self._failed: set[str] = set()
-        self._writers: dict[str, Writer] = {"metrics.jsonl": _jsonl_writer(self.path, start)}
+        self._writers: dict[str, Writer] = {}
+        self._bar = None
+        if not process.is_first():
+            return
+        self._writers["metrics.jsonl"] = _jsonl_writer(self.path, start)
         if config.tensorboard:
             self._writers["tensorboard"] = _tensorboard_writer(folder / "tensorboard", start)
-        self._bar = _Bar(num_steps, start) if _wants_bar(config.progress) else None
+        if _wants_bar(config.progress):
+            self._bar = _Bar(num_steps, start)
 
     def write(self, step: int, split: str, metrics: Mapping[str, float]) -> None:
         """Records one row; `split` is "train" or "eval"."""
@@ -94,7 +101,7 @@ class Log:
 
     def plot(self) -> dict[str, Path]:
         """Draws the loss curve, if asked for; returns {"plot": path}."""
-        if not self._config.plot:
+        if not self._config.plot or not process.is_first():
             return {}
         try:
             return {"plot": plot_losses(self.path, self._folder / "loss.png")}

@@ -33,7 +33,10 @@ class Meter:
         self._clock, self._tokens, self._slots = time.monotonic(), 0.0, 0
 
     def add(self, step: int, metrics: dict[str, Any], batch: TokenBatch) -> None:
-        """Takes a step's metrics, still being computed; reports those of the step before."""
+        """Takes a step's metrics, still being computed; reports those of the step before.
+
+        `batch` is that of all processes.
+        """
         self.flush()
         self._waiting = (step, metrics, batch.tokens.size)
 

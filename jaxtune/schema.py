@@ -309,6 +309,34 @@ class Mesh:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Distributed:
+    """Several processes: how they find each other, and when one of them counts as lost."""
+
+    coordinator_address: str | None = _field(
+        None,
+        "host:port of process 0; default: the launcher's variables or the cluster's "
+        "(see docs/launch.md), else one process",
+    )
+    num_processes: int | None = _field(None, "processes in all", low=1)
+    process_id: int | None = _field(None, "number of this process, from 0", low=0)
+    local_device_ids: tuple[int, ...] = _field(
+        (), "devices of this host that this process uses; empty: all"
+    )
+    start_timeout_seconds: int = _field(
+        300, "how long a process waits for the others at the start", low=1
+    )
+    silence_seconds: int = _field(
+        12, "a process that gives no sign of life for so long is lost, and all end", low=3
+    )
+    step_timeout_seconds: int = _field(
+        0,
+        "a step that takes longer ends the process with its stacks printed (exit code 70; also "
+        "with one process); steps that compile are not timed; 0: never",
+        low=0,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Eval:
     """Measurements on held-out rows."""
 
@@ -372,6 +400,7 @@ class RunConfig:
     optim: Optim = Optim()
     train: Train = Train()
     mesh: Mesh = Mesh()
+    distributed: Distributed = Distributed()
     eval: Eval = Eval()
     checkpoint: Checkpoint = Checkpoint()
     log: Log = Log()

@@ -11,6 +11,7 @@ import sys
 import threading
 from types import FrameType
 
+from jaxtune import process
 from jaxtune.errors import PreemptedError
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -62,7 +63,8 @@ class StopSignal:
                 os._exit(128 + byte[0])
             self.received = signal.Signals(byte[0])
             sys.stderr.write(
-                f"jaxtune: {self.received.name}: saving after this step; once more ends at once\n"
+                f"jaxtune: {process.label()}{self.received.name}: saving after this step; "
+                "once more ends at once\n"
             )
         os.close(read_end)
 

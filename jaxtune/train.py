@@ -7,12 +7,16 @@ import dataclasses
 import hashlib
 import sys
 import types
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jaxtune import build, config, data, hardware, optim, tree
+import jax
+
+import jaxtune
+from jaxtune import build, config, data, distributed, hardware, optim, process, tree
+from jaxtune.checkpoint.lock import NAME as LOCK
 from jaxtune.checkpoint.lock import RunLock
 from jaxtune.checkpoint.manifest import write_synced
 from jaxtune.checkpoint.source import open_checkpoint
@@ -24,12 +28,14 @@ from jaxtune.fit import fitted_step
 from jaxtune.held_out import HeldOut
 from jaxtune.log import Log, every_few_seconds, info, warn
 from jaxtune.meter import Meter
-from jaxtune.schema import RunConfig
+from jaxtune.peers import Peers
+from jaxtune.schema import Distributed, RunConfig
 from jaxtune.sharding.mesh import make_mesh
 from jaxtune.sharding.rules import batch_shards
 from jaxtune.signals import StopSignal
 from jaxtune.step import TrainState
 from jaxtune.tree import Params
+from jaxtune.watchdog import Watchdog
 
 
 @dataclass(frozen=True)
@@ -58,10 +64,23 @@ def train(cfg: Any) -> Result:
         JaxtuneError: its subclass for whatever a user can cause, before weights load if possible.
     """
     cfg = config.resolve(dataclasses.asdict(cfg) if isinstance(cfg, RunConfig) else cfg)
-    hardware.prepare(cfg.train.compilation_cache)
-    folder = Path(cfg.train.output_dir)
-    with RunLock(folder), StopSignal() as stop, ExitStack() as cleanup:
+    distributed.start(cfg.distributed)
+    with Peers(cfg.distributed.silence_seconds), StopSignal() as stop:
+        hardware.prepare(cfg.train.compilation_cache)
+        folder = Path(cfg.train.output_dir)
+        with RunLock(folder) if process.is_first() else nullcontext():
+            result = _train(cfg, folder, stop)
+            distributed.wait_for_all("done")
+    for what, path in result.paths.items():
+        info(f"{what}: {path}")
+    return result
+
+
+def _train(cfg: RunConfig, folder: Path, stop: StopSignal) -> Result:
+    """The run, in a folder that is ours."""
+    with ExitStack() as cleanup:
         run, tokenizer, batches, held_out_set = _describe(cfg)
+        _check_processes(cfg, folder, batches.dataset, held_out_set)
         num_steps = cfg.train.num_steps or batches.num_steps(cfg.train.num_epochs)
         _report(run, batches.dataset, held_out_set, num_steps)
         store = _store(cfg, folder)
@@ -71,25 +90,33 @@ def train(cfg: Any) -> Result:
         run, train_step = fitted_step(run, tx, schedule)
         state, frozen, start, position = _fill(run, tx, store)
         # Not before: a refused run must not replace the config of the run that is there.
-        write_synced(folder / "config.json", config.to_json(cfg).encode())
+        if process.is_first():
+            shared = dataclasses.replace(cfg, distributed=Distributed())
+            write_synced(folder / "config.json", config.to_json(shared).encode())
         log = Log(cfg.log, folder, start, num_steps)
         cleanup.callback(log.close)
         held_out = HeldOut(run, tokenizer, held_out_set, frozen, log)
         if start == 0:
             held_out.answer(0, state.trainable)
-        if stop.received is not None:
+        vote = distributed.Vote(run.mesh)
+        if vote.decide(stop.received is not None):
             raise stop.error(f"stopped before step {start + 1} - start the same command again")
         meter = Meter(run, log, _mean_length(batches.dataset))
+        watchdog = Watchdog(cfg.distributed.step_timeout_seconds)
+        cleanup.callback(watchdog.stop)
         stream = batches.batches(position)
         cleanup.callback(stream.close)
         for step in range(start + 1, num_steps + 1):
             batch, position = next(stream)
             if fault("step_pre", step):
                 batch = dataclasses.replace(batch, weights=batch.weights * float("nan"))
-            state, metrics = train_step(state, frozen, run.put(batch))
+            watchdog.start(step, batch.tokens.shape)
+            batch = run.put(batch, batches.rows)
+            state, metrics = train_step(state, frozen, batch)
             meter.add(step, metrics, batch)
             fault("step_post", step)
-            stopping, last = stop.received is not None, step == num_steps
+            stopping, last = vote.ask(stop.received is not None), step == num_steps
+            watchdog.stop()
             if last or not stopping and _every(step, cfg.eval.every_steps):
                 meter.flush()
                 held_out.measure(step, state.trainable)
@@ -111,8 +138,6 @@ def train(cfg: Any) -> Result:
         paths |= held_out.answer(num_steps, state.trainable)
         paths |= write_results(run, {**frozen, **state.trainable}, tokenizer, folder)
         metrics = {**meter.last, **held_out.last, "failed_saves": float(store.failed_saves)}
-    for what, path in paths.items():
-        info(f"{what}: {path}")
     return Result(num_steps, metrics, paths)
 
 
@@ -127,14 +152,39 @@ def _describe(cfg: RunConfig) -> tuple[build.Run, Any, data.Loader, data.Dataset
     train_set, held_out_set = data.load(
         cfg.data, tokenizer, seed=cfg.train.seed, vocab_size=vocab_size
     )
+    rows = cfg.train.micro_batch_size * batch_shards(mesh)
     batches = data.make_loader(
         train_set,
         cfg.data,
-        rows=cfg.train.micro_batch_size * batch_shards(mesh),
+        rows=rows,
         accumulation=cfg.train.gradient_accumulation_steps,
         seed=cfg.train.seed,
+        held=run.held_rows(rows),
     )
     return run, tokenizer, batches, held_out_set
+
+
+def _check_processes(
+    cfg: RunConfig, folder: Path, train_set: data.Dataset, held_out_set: data.Dataset | None
+) -> None:
+    """Raises ConfigError if the processes do not run the same, or do not share the folder."""
+    own = dataclasses.replace(cfg.distributed, process_id=None, local_device_ids=())
+    sections = dataclasses.asdict(dataclasses.replace(cfg, distributed=own))
+    distributed.check_same(
+        {
+            f"config.{s}.{name}": repr(v)
+            for s, fields in sections.items()
+            for name, v in fields.items()
+        }
+        | {"jaxtune": jaxtune.__version__, "jax": jax.__version__}
+        | {"the training data": train_set.fingerprint}
+        | {"the held-out data": held_out_set.fingerprint if held_out_set else "none"}
+        | {
+            "train.output_dir's run.lock": (folder / LOCK).read_text()
+            if (folder / LOCK).exists()
+            else "missing"
+        }
+    )
 
 
 def _fill(run: build.Run, tx: Any, store: Store) -> tuple[TrainState, Params, int, dict | None]:

@@ -20,11 +20,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxtune import process
 from jaxtune.checkpoint.folder import replace_folder
 from jaxtune.checkpoint.hf import split_path
 from jaxtune.checkpoint.hf_save import write_json
-from jaxtune.checkpoint.safetensors import read_header, read_tensor, refuse_pickle, write_folder
+from jaxtune.checkpoint.safetensors import (
+    read_along,
+    read_header,
+    read_tensor,
+    refuse_pickle,
+    write_folder,
+)
 from jaxtune.checkpoint.tensors import TensorInfo
+from jaxtune.distributed import to_host
 from jaxtune.errors import WeightError, listing
 from jaxtune.models.base import Weight
 from jaxtune.peft import Choice, layer_names, lora
@@ -133,6 +141,8 @@ def save_adapter(
 ) -> None:
     """Writes a PEFT folder; it appears under its name only when complete and checked.
 
+    All processes call it; the first one writes.
+
     Args:
         folder: a new folder, or an earlier export, which is replaced.
         params: path -> array; the `.adapter.a` and `.adapter.b` among them are written, float32.
@@ -154,15 +164,17 @@ def save_adapter(
     def read(key: str) -> np.ndarray:
         path, index = sources[key]
         array = params[path] if index is None else params[path][index]
-        return np.asarray(array, np.float32).T
+        return to_host(array).astype(np.float32, copy=False).T
 
     tensors = {}
     for key, (path, index) in sources.items():
         shape = params[path].shape if index is None else params[path].shape[1:]
         tensors[key] = TensorInfo(tuple(reversed(shape)), _FLOAT32)
+    size = sum(info.nbytes for info in tensors.values())
+    if not process.is_first():
+        return read_along(tensors, read, max_shard_bytes=size)
     note = {"kind": "adapter", "base": base, **(record or {})}
     with replace_folder(folder, note) as temporary:
-        size = sum(info.nbytes for info in tensors.values())
         write_folder(temporary, tensors, read, stem="adapter_model", max_shard_bytes=size)
         fields = _config_fields(adapted, config, weights, sum(stacks))
         fields |= {"base_model_name_or_path": base, "revision": revision}

@@ -9,13 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxtune import quant
+from jaxtune import process, quant
 from jaxtune.checkpoint.folder import replace_folder
 from jaxtune.checkpoint.hf import Place, is_surplus, places
 from jaxtune.checkpoint.manifest import write_synced
 from jaxtune.checkpoint.quantized_save import quantization_config, quantized_tensors
-from jaxtune.checkpoint.safetensors import write_folder
+from jaxtune.checkpoint.safetensors import read_along, write_folder
 from jaxtune.checkpoint.tensors import Checkpoint, TensorInfo, dtype_from_name
+from jaxtune.distributed import to_host
 from jaxtune.errors import WeightError
 from jaxtune.models.base import Weight
 from jaxtune.peft import lora
@@ -43,6 +44,8 @@ def save_model(
     record: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes a Hugging Face model folder; it appears under its name only when complete.
+
+    All processes call it; the first one writes, and gathers one tensor at a time.
 
     Args:
         folder: a new folder, or an earlier export, which is replaced.
@@ -85,6 +88,8 @@ def save_model(
         matrix = next(name for name in tensors if name in names)
         config["quantization_config"] = quantization_config(quantize, tensors[matrix].dtype.name)
         stored, read_stored = quantized_tensors(tensors, read, names, quantize)
+    if not process.is_first():
+        return read_along(stored, read_stored, max_shard_bytes=max_shard_bytes)
     note = {"kind": "model", "base": checkpoint.name, **(record or {})}
     with replace_folder(folder, note, source=checkpoint.root) as temporary:
         write_folder(temporary, stored, read_stored, max_shard_bytes=max_shard_bytes)
@@ -123,7 +128,7 @@ def _merged(
             value = jax.tree.map(lambda leaf: leaf[place.index], value)
         if isinstance(value, QArray):
             value = quant.dequantize(value, jnp.float32)
-        return np.asarray(value)
+        return to_host(value)
 
     in_params = place.path in params
     array = host(place.path) if in_params else place.change.to_ours(checkpoint.read(name))

@@ -276,6 +276,21 @@ def write_folder(
     _verify(folder, set(weight_map.values()), digests)
 
 
+def read_along(
+    tensors: Mapping[str, TensorInfo],
+    read: Callable[[str], object],
+    *,
+    max_shard_bytes: int = 5_000_000_000,
+) -> None:
+    """Reads what `write_folder` reads, in its order, and writes nothing.
+
+    It is what the other processes do while the first one writes arrays that all have to gather.
+    """
+    for names in _split(tensors, max_shard_bytes):
+        for name in names:
+            read(name)
+
+
 def shard_bytes(gigabytes: float) -> int:
     """The option --max_shard_gb in bytes; ConfigError unless it is a size."""
     size = gigabytes * 1e9
@@ -285,6 +300,7 @@ def shard_bytes(gigabytes: float) -> int:
 
 
 def _split(tensors: Mapping[str, TensorInfo], max_bytes: int) -> list[list[str]]:
+    """Names of each file's tensors: wide dtypes first keeps all aligned to their own size."""
     shards: list[list[str]] = [[]]
     size = 0
     for name, info in tensors.items():
@@ -293,7 +309,7 @@ def _split(tensors: Mapping[str, TensorInfo], max_bytes: int) -> list[list[str]]
             size = 0
         shards[-1].append(name)
         size += info.nbytes
-    return shards
+    return [sorted(names, key=lambda name: -tensors[name].dtype.itemsize) for names in shards]
 
 
 def _write_file(
@@ -302,10 +318,7 @@ def _write_file(
     """Writes one file; returns a digest of each tensor's bytes."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     position = 0
-    # Wide dtypes first keeps every tensor aligned to its own size.
-    names = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)
-    for name in names:
-        info = tensors[name]
+    for name, info in tensors.items():
         offsets = [position, position + info.nbytes]
         dtype = _DTYPE_NAMES[info.dtype]
         header[name] = {"dtype": dtype, "shape": list(info.shape), "data_offsets": offsets}
@@ -316,7 +329,7 @@ def _write_file(
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "wb") as file:
         file.write(len(head).to_bytes(8, "little") + head)
-        for name in names:
+        for name in tensors:
             array = np.asarray(read(name), order="C")
             assert (array.shape, array.dtype) == tensors[name], (name, array.shape, array.dtype)
             data = as_bytes(array)

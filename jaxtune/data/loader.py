@@ -40,7 +40,7 @@ class Loader:
         rows: rows of one forward pass over all processes, B.
         accumulation: forward passes of one optimizer step, A.
         seed: of the order.
-        shard: (index, count); this process builds rows index * B / count and on.
+        held: which of the B rows this process builds, ascending.
     """
 
     dataset: Dataset
@@ -48,7 +48,7 @@ class Loader:
     rows: int
     accumulation: int
     seed: int
-    shard: tuple[int, int]
+    held: tuple[int, ...]
     _plan: tuple[int, Plan] = field(default=(-1, []), repr=False)
 
     def num_steps(self, num_epochs: float) -> int:
@@ -61,7 +61,7 @@ class Loader:
     def batches(
         self, position: Position | None = None
     ) -> Generator[tuple[TokenBatch, Position], None, None]:
-        """Yields, without end, a step's batch [A, B / shards, T] and the position after it.
+        """Yields, without end, a step's batch [A, held rows, T] and the position after it.
 
         Batches are prepared by a background thread, which ends when the iterator is closed.
 
@@ -75,7 +75,7 @@ class Loader:
         return _ahead(self._generate(start), self.cfg.prefetch)
 
     def one_pass(self) -> Iterator[TokenBatch]:
-        """Yields batches [B / shards, T] of every row once, in the order of the first epoch."""
+        """Yields batches [held rows, T] of every row once, in the order of the first epoch."""
         plan = self._plan_of(0)
         for first in range(0, len(plan), self.rows):
             batch = self._build(plan[first : first + self.rows], 1)
@@ -141,19 +141,16 @@ class Loader:
         return pack(lengths, order, self.cfg.max_seq_len)
 
     def _build(self, members: Plan, accumulation: int) -> TokenBatch:
-        """The arrays [A, B / shards, T] of this process's share of up to A * B rows."""
+        """The arrays [A, held rows, T] of this process's share of up to A * B rows."""
         examples = [[self.dataset.rows[i] for i in row] for row in members]
         length = self.cfg.max_seq_len
         if not self.cfg.packing and self.cfg.pad_to == "longest":
             longest = max(len(row[0].tokens) for row in examples)
             length = min(length, math.ceil(longest / LENGTH_STEP) * LENGTH_STEP)
         examples += [[]] * (accumulation * self.rows - len(examples))
-        index, count = self.shard
-        share = self.rows // count
-        starts = [a * self.rows + index * share for a in range(accumulation)]
-        own = [row for start in starts for row in examples[start : start + share]]
+        own = [examples[a * self.rows + row] for a in range(accumulation) for row in self.held]
         batch = stack_rows(own, length)
-        return jax.tree.map(lambda x: x.reshape(accumulation, share, length), batch)
+        return jax.tree.map(lambda x: x.reshape(accumulation, len(self.held), length), batch)
 
 
 def make_loader(
@@ -163,7 +160,7 @@ def make_loader(
     rows: int,
     accumulation: int = 1,
     seed: int = 0,
-    shard: tuple[int, int] = (0, 1),
+    held: tuple[int, ...] | None = None,
 ) -> Loader:
     """Makes a loader.
 
@@ -173,11 +170,11 @@ def make_loader(
         rows: rows B of one forward pass, over all processes.
         accumulation: forward passes A of one optimizer step.
         seed: of the order of rows.
-        shard: (index, count) of this process; `count` divides `rows`.
+        held: which of the B rows this process builds, ascending; None: all of them.
     """
-    index, count = shard
-    assert rows % count == 0 and 0 <= index < count
-    return Loader(dataset, cfg, rows, accumulation, seed, shard)
+    return Loader(
+        dataset, cfg, rows, accumulation, seed, tuple(range(rows)) if held is None else held
+    )
 
 
 class _End:

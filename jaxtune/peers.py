@@ -1,0 +1,141 @@
+"""No process of a run outlives another: whoever is lost is named, and all others end.
+
+Every process writes a sign of life to the coordination service each second and looks for news of
+ended ones. Process 0 notes who has gone silent; a process that fails notes its own error.
+
+The service lives in process 0. When that is gone JAX aborts the others at once, from a thread of
+its own, so that case is told by a handler of SIGABRT.
+"""
+
+import ctypes
+import os
+import shlex
+import signal
+import socket
+import sys
+import threading
+import time
+from types import TracebackType
+
+from jax._src.distributed import global_state
+
+from jaxtune import distributed, process
+from jaxtune.errors import JaxtuneError, PeerError, end_process
+
+SIGNS, ENDED = "jaxtune/signs", "jaxtune/ended"
+PERIOD_SECONDS = 1.0
+# Time for a process that fails as another does to end with its own error, and for the news to
+# reach all before process 0 takes the service with it.
+GRACE_SECONDS = 3.0
+
+
+class Peers:
+    """Watches the other processes from a thread; a context manager around the run.
+
+    With one process it does nothing.
+    """
+
+    def __init__(self, silence_seconds: float):
+        self._silence_seconds = silence_seconds
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="peers", daemon=True)
+        self._seen: dict[int, tuple[str, float]] = {}  # newest sign of each process, and when
+
+    def __enter__(self) -> "Peers":
+        if process.count() > 1:
+            _tell_aborts()
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if process.count() == 1:
+            return
+        if error is not None and not isinstance(error, JaxtuneError):
+            # Most likely what a lost process does to a collective; the watch then ends this one.
+            time.sleep(self._silence_seconds + 2 * PERIOD_SECONDS + GRACE_SECONDS)
+        if error is not None:
+            self._end_together(f"{type(error).__name__}: {error}")
+        self._over.set()
+        self._thread.join()
+
+    def _end_together(self, why: str) -> None:
+        """Tells the others; if all end now, they part in order, each with its own error."""
+        client = distributed.client()
+        try:
+            client.key_value_set(f"{ENDED}/{process.index()}", why, allow_overwrite=True)
+            client.wait_at_barrier(f"{ENDED}/all", int(2 * GRACE_SECONDS * 1000))
+        except Exception:  # nobody to tell, or not all end: the watches of the others act
+            return
+        self._over.set()
+        distributed.leave()
+
+    def _watch(self) -> None:
+        client = distributed.client()
+        count, since = 0, None
+        while not self._over.wait(PERIOD_SECONDS):
+            count += 1
+            sign = f"{count} {socket.gethostname()} pid {os.getpid()}"
+            try:
+                client.key_value_set(f"{SIGNS}/{process.index()}", sign, allow_overwrite=True)
+                if process.is_first():
+                    self._note_silent()
+                ended = _numbered(client.key_value_dir_get(ENDED))
+            except Exception:  # the service is gone, and JAX about to abort
+                continue
+            if process.index() in ended:
+                continue  # this process is ending by itself
+            if ended and since is None:
+                since = time.monotonic()
+            if since is not None and time.monotonic() - since > GRACE_SECONDS:
+                if process.is_first():
+                    time.sleep(GRACE_SECONDS)
+                first = min(ended)
+                end_process(lost(f"process {first} has ended ({ended[first]})"))
+
+    def _note_silent(self) -> None:
+        """In process 0: declares ended whose sign has not changed for too long."""
+        client, now = distributed.client(), time.monotonic()
+        for number, sign in _numbered(client.key_value_dir_get(SIGNS)).items():
+            if self._seen.get(number, ("", 0.0))[0] != sign:
+                self._seen[number] = (sign, now)
+            elif now - self._seen[number][1] > self._silence_seconds:
+                where = sign.partition(" ")[2]
+                why = f"on {where}, no sign of life for {self._silence_seconds:g} s"
+                client.key_value_set(f"{ENDED}/{number}", why, allow_overwrite=True)
+
+
+def lost(what: str) -> PeerError:
+    """The error of a process that ends because another has."""
+    command = shlex.join(["python", *sys.orig_argv[1:]])
+    return PeerError(
+        f"{what}, so this one ends too - start all again with the same command, which goes on "
+        f"from the newest checkpoint: {command}"
+    )
+
+
+def _numbered(entries: list[tuple[str, str]]) -> dict[int, str]:
+    return {int(key.rpartition("/")[2]): value for key, value in entries}
+
+
+def _tell_aborts() -> None:
+    """Names process 0 when JAX aborts because it is gone.
+
+    Python's own handlers run in the main thread, too late; JAX's callback for the loss of the
+    service ends in std::bad_cast (jaxlib 0.10.2).
+    """
+    ctypes.CDLL(None).signal(signal.SIGABRT, _ON_ABORT)
+
+
+@ctypes.CFUNCTYPE(None, ctypes.c_int)
+def _ON_ABORT(number: int) -> None:
+    host, _, port = str(global_state.coordinator_address).rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=2).close()
+    except OSError:
+        end_process(lost(f"process 0 on {host} has ended"))
+    os._exit(128 + number)

@@ -1,0 +1,50 @@
+"""Ends a process whose step takes too long, showing where every thread of it is."""
+
+import faulthandler
+import sys
+import threading
+import time
+from collections.abc import Hashable
+
+from jaxtune import process
+from jaxtune.errors import HangError, end_process
+
+_LAST_SECONDS = 3.0  # process 0 ends after the others, which JAX ends when it is gone
+
+
+class Watchdog:
+    """Times steps, from `start` to `stop`."""
+
+    def __init__(self, seconds: float):
+        """`seconds` is what a step may take; 0: anything."""
+        self._seconds = seconds
+        self._compiled: set[Hashable] = set()
+        self._timer: threading.Timer | None = None
+
+    def start(self, step: int, shape: Hashable) -> None:
+        """A step begins; the first one of a shape is not timed, since it compiles."""
+        self.stop()
+        if self._seconds and shape in self._compiled:
+            self._timer = threading.Timer(self._seconds, self._expire, [step])
+            self._timer.daemon = True
+            self._timer.start()
+        self._compiled.add(shape)
+
+    def stop(self) -> None:
+        """The step is done."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _expire(self, step: int) -> None:
+        sys.stderr.write(f"jaxtune: {process.label()}where every thread is:\n")
+        sys.stderr.flush()
+        faulthandler.dump_traceback(sys.__stderr__)
+        if process.count() > 1 and process.is_first():
+            time.sleep(_LAST_SECONDS)
+        end_process(
+            HangError(
+                f"step {step} took longer than distributed.step_timeout_seconds={self._seconds} - "
+                "see the stacks above; the same command goes on from the newest checkpoint"
+            )
+        )
