@@ -363,5 +363,6 @@ def initial_state(run: Run, tx: optax.GradientTransformation, values: Params) ->
     abstract = abstract_state(run, tx)
     trainable = {name: values[name] for name in run.trainable}
     init = jax.jit(tx.init, out_shardings=shardings(abstract.opt_state))
-    step, bad_steps = (to_device(np.int32(0), abstract.step.sharding) for _ in range(2))
+    zero = np.zeros((), np.int32)
+    step, bad_steps = (to_device(zero, abstract.step.sharding) for _ in range(2))
     return TrainState(step, bad_steps, trainable, init(trainable))

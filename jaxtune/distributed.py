@@ -22,7 +22,6 @@ from jaxtune.errors import ConfigError, listing
 from jaxtune.schema import Distributed
 
 LONG_MS = 7 * 24 * 3600 * 1000  # a wait that ends by the loss of a process, not by time
-_SLACK_MS = 60_000
 _calls = itertools.count()  # names what is agreed; all processes count alike
 
 
@@ -80,8 +79,8 @@ def held_rows(sharding: NamedSharding, rows: int) -> tuple[int, ...]:
         rows: in the batch of all processes.
     """
     held: set[int] = set()
-    for (part,) in sharding.addressable_devices_indices_map((rows,)).values():
-        held.update(range(rows)[part])
+    for index in sharding.addressable_devices_indices_map((rows,)).values():
+        held.update(range(rows)[index[0]] if index else ())
     return tuple(sorted(held))
 
 
@@ -124,7 +123,7 @@ class Vote:
         self._asked = self._put(False)
 
     def ask(self, yes: bool) -> bool:
-        """The answer to the last question (with one process: to this one), and the next question."""
+        """The answer to the question before; with one process to this one."""
         if jax.process_count() == 1:
             return yes
         answer, self._asked = self._asked, self._put(yes)

@@ -22,10 +22,10 @@ from jax._src.distributed import global_state
 from jaxtune import distributed, process
 from jaxtune.errors import JaxtuneError, PeerError, end_process
 
-SIGNS, ENDED = "jaxtune/signs", "jaxtune/ended"
+SIGNS, SILENT, FAILED = "jaxtune/signs", "jaxtune/silent", "jaxtune/failed"
 PERIOD_SECONDS = 1.0
-# Time for a process that fails as another does to end with its own error, and for the news to
-# reach all before process 0 takes the service with it.
+# Time for processes that fail alike to end each with its own error, and for the news to reach all
+# before process 0 takes the service with it.
 GRACE_SECONDS = 3.0
 
 
@@ -67,8 +67,8 @@ class Peers:
         """Tells the others; if all end now, they part in order, each with its own error."""
         client = distributed.client()
         try:
-            client.key_value_set(f"{ENDED}/{process.index()}", why, allow_overwrite=True)
-            client.wait_at_barrier(f"{ENDED}/all", int(2 * GRACE_SECONDS * 1000))
+            client.key_value_set(f"{FAILED}/{process.index()}", why, allow_overwrite=True)
+            client.wait_at_barrier(f"{FAILED}/all", int(2 * GRACE_SECONDS * 1000))
         except Exception:  # nobody to tell, or not all end: the watches of the others act
             return
         self._over.set()
@@ -76,7 +76,7 @@ class Peers:
 
     def _watch(self) -> None:
         client = distributed.client()
-        count, since = 0, None
+        count, failed_at = 0, None
         while not self._over.wait(PERIOD_SECONDS):
             count += 1
             sign = f"{count} {socket.gethostname()} pid {os.getpid()}"
@@ -84,18 +84,19 @@ class Peers:
                 client.key_value_set(f"{SIGNS}/{process.index()}", sign, allow_overwrite=True)
                 if process.is_first():
                     self._note_silent()
-                ended = _numbered(client.key_value_dir_get(ENDED))
+                silent = _numbered(client.key_value_dir_get(SILENT))
+                failed = _numbered(client.key_value_dir_get(FAILED))
             except Exception:  # the service is gone, and JAX about to abort
                 continue
-            if process.index() in ended:
+            if process.index() in failed:
                 continue  # this process is ending by itself
-            if ended and since is None:
-                since = time.monotonic()
-            if since is not None and time.monotonic() - since > GRACE_SECONDS:
+            if failed and failed_at is None:
+                failed_at = time.monotonic()
+            if silent or failed_at is not None and time.monotonic() - failed_at > GRACE_SECONDS:
                 if process.is_first():
                     time.sleep(GRACE_SECONDS)
-                first = min(ended)
-                end_process(lost(f"process {first} has ended ({ended[first]})"))
+                number, why = next(iter((silent | failed).items()))
+                end_process(lost(f"process {number} has ended ({why})"))
 
     def _note_silent(self) -> None:
         """In process 0: declares ended whose sign has not changed for too long."""
@@ -106,7 +107,7 @@ class Peers:
             elif now - self._seen[number][1] > self._silence_seconds:
                 where = sign.partition(" ")[2]
                 why = f"on {where}, no sign of life for {self._silence_seconds:g} s"
-                client.key_value_set(f"{ENDED}/{number}", why, allow_overwrite=True)
+                client.key_value_set(f"{SILENT}/{number}", why, allow_overwrite=True)
 
 
 def lost(what: str) -> PeerError:

@@ -326,7 +326,7 @@ class Distributed:
         300, "how long a process waits for the others at the start", low=1
     )
     silence_seconds: int = _field(
-        12, "a process that gives no sign of life for so long is lost, and all end", low=3
+        10, "a process that gives no sign of life for so long is lost, and all end", low=3
     )
     step_timeout_seconds: int = _field(
         0,

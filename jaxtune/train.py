@@ -69,6 +69,7 @@ def train(cfg: Any) -> Result:
         hardware.prepare(cfg.train.compilation_cache)
         folder = Path(cfg.train.output_dir)
         with RunLock(folder) if process.is_first() else nullcontext():
+            distributed.wait_for_all("locked")
             result = _train(cfg, folder, stop)
             distributed.wait_for_all("done")
     for what, path in result.paths.items():
@@ -167,24 +168,23 @@ def _describe(cfg: RunConfig) -> tuple[build.Run, Any, data.Loader, data.Dataset
 def _check_processes(
     cfg: RunConfig, folder: Path, train_set: data.Dataset, held_out_set: data.Dataset | None
 ) -> None:
-    """Raises ConfigError if the processes do not run the same, or do not share the folder."""
-    own = dataclasses.replace(cfg.distributed, process_id=None, local_device_ids=())
-    sections = dataclasses.asdict(dataclasses.replace(cfg, distributed=own))
-    distributed.check_same(
-        {
-            f"config.{s}.{name}": repr(v)
-            for s, fields in sections.items()
-            for name, v in fields.items()
-        }
-        | {"jaxtune": jaxtune.__version__, "jax": jax.__version__}
-        | {"the training data": train_set.fingerprint}
-        | {"the held-out data": held_out_set.fingerprint if held_out_set else "none"}
-        | {
-            "train.output_dir's run.lock": (folder / LOCK).read_text()
-            if (folder / LOCK).exists()
-            else "missing"
-        }
-    )
+    """Raises ConfigError if the processes would not run the same, or do not share the folder."""
+    place = dataclasses.replace(cfg.distributed, process_id=None, local_device_ids=())
+    sections = dataclasses.asdict(dataclasses.replace(cfg, distributed=place))
+    lock = folder / LOCK
+    facts = {
+        f"config.{section}.{name}": repr(value)
+        for section, fields in sections.items()
+        for name, value in fields.items()
+    }
+    facts |= {
+        "jaxtune": jaxtune.__version__,
+        "jax": jax.__version__,
+        "training data": train_set.fingerprint,
+        "held-out data": held_out_set.fingerprint if held_out_set else "none",
+        f"{lock} (on a file system that all share)": lock.read_text() if lock.exists() else "none",
+    }
+    distributed.check_same(facts)
 
 
 def _fill(run: build.Run, tx: Any, store: Store) -> tuple[TrainState, Params, int, dict | None]:

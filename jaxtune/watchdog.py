@@ -39,7 +39,7 @@ class Watchdog:
     def _expire(self, step: int) -> None:
         sys.stderr.write(f"jaxtune: {process.label()}where every thread is:\n")
         sys.stderr.flush()
-        faulthandler.dump_traceback(sys.__stderr__)
+        faulthandler.dump_traceback(2)
         if process.count() > 1 and process.is_first():
             time.sleep(_LAST_SECONDS)
         end_process(
