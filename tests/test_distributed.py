@@ -1,0 +1,196 @@
+"""Training in several real processes: the same numbers as in one, and the same end for all."""
+
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.processes import Runs
+from tests.tolerances import SHARDED
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """With a run of one process with two devices in "one"."""
+    runs = Runs(tmp_path_factory.mktemp("distributed"))
+    runs.one("one", devices=2)
+    assert runs.steps("one") == [3, 6]
+    return runs
+
+
+def test_sigterm_to_one_saves_on_all_and_one_process_goes_on(runs: Runs) -> None:
+    launch = runs.many("stopped", "--config.train.num_steps=3000", processes=2)
+    launch.until("train step 2/")
+    launch.signal(1, signal.SIGTERM)
+    output = launch.wait(75)
+    (step,) = {line.partition("after step ")[2] for line in launch.lines if "after step" in line}
+    number = int(step.partition(",")[0])
+    assert output.count(f"stopped after step {number}, state saved") == 2
+    assert runs.steps("stopped")[-1] == number
+    assert "[0] jaxtune: error: process 0: stopped" in output
+    assert "Traceback" not in output
+    assert not [line for line in launch.lines if line.startswith("[1] train step")]
+    runs.one("stopped", f"--config.train.num_steps={max(6, number + 1)}", devices=2)
+    got = np.array(runs.losses("stopped")[:6])
+    assert got == pytest.approx(np.array(runs.losses("one")), rel=SHARDED)
+
+
+def test_two_processes_go_on_exactly_from_one(runs: Runs) -> None:
+    shutil.copytree(runs.folder / "one", runs.folder / "continued")
+    launch = runs.many("continued", "--config.checkpoint.resume=3", processes=2)
+    assert "resuming after step 3" in launch.wait(0)
+    runs.assert_same("continued", "one")
+
+
+def test_killed_process_is_named_and_ends_all(runs: Runs) -> None:
+    launch = runs.many("killed", "--config.train.num_steps=3000", processes=2)
+    launch.until("train step 2/")
+    launch.signal(1, signal.SIGKILL)
+    killed_at = time.monotonic()
+    output = launch.wait(128 + signal.SIGKILL)
+    assert time.monotonic() - killed_at < 20
+    (line,) = [line for line in launch.lines if "error: process 0: process 1 has ended" in line]
+    assert "no sign of life" in line and "the same command" in line
+    assert f"-m jaxtune.train --config={runs.config}" in line
+    assert "launch: process 1 was ended by SIGKILL" in output and "Traceback" not in output
+
+
+def test_other_config_is_refused_by_name(runs: Runs) -> None:
+    processes = separate(runs, "other", ["--config.train.seed=0", "--config.train.seed=7"])
+    for process in processes:
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == 2, out + err
+        assert "1 of 2 processes differ from process 0" in err
+        assert "process 1 has config.train.seed=7, process 0 0" in err and "Traceback" not in err
+    assert not (runs.folder / "other" / "config.json").exists()
+
+
+def separate(runs: Runs, run: str, options: list[str], **variables: str) -> list[subprocess.Popen]:
+    """Processes started by hand, each with an option of its own; variables are for the last one."""
+    port = 20000 + hash((str(runs.folder), run)) % 20000
+    started = []
+    for number, option in enumerate(options):
+        command = [sys.executable, "-m", "jaxtune.train", *runs.arguments(run, option)]
+        command += [f"--config.distributed.coordinator_address=127.0.0.1:{port}"]
+        command += [f"--config.distributed.num_processes={len(options)}"]
+        command += [f"--config.distributed.process_id={number}"]
+        env = runs.environment() | (variables if number == len(options) - 1 else {})
+        pipe = subprocess.PIPE
+        started.append(subprocess.Popen(command, env=env, stdout=pipe, stderr=pipe, text=True))
+    return started
+
+
+@pytest.mark.slow
+def test_whole_run_in_two_processes(runs: Runs) -> None:
+    runs.many("two", "--config.checkpoint.export_merged=true", processes=2).wait(0)
+    runs.assert_same("two", "one")
+    assert runs.exported("two", "merged")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["data=2 fsdp=2", "fsdp=2 tensor=2", "tensor=4"])
+def test_four_processes(runs: Runs, mesh: str) -> None:
+    sizes = {"data": 1, "fsdp": 1, "tensor": 1} | dict(part.split("=") for part in mesh.split())
+    options = [f"--config.mesh.{name}={size}" for name, size in sizes.items()]
+    name = mesh.replace(" ", "-")
+    runs.one(f"one-{name}", *options, devices=4)
+    runs.many(f"four-{name}", *options, processes=4).wait(0)
+    got, expected = runs.losses(f"four-{name}"), runs.losses(f"one-{name}")
+    assert np.array(got) == pytest.approx(np.array(expected), rel=SHARDED)
+
+
+@pytest.mark.slow
+def test_full_fine_tuning_with_held_out_answers_and_several_devices(runs: Runs) -> None:
+    options = ["--config.peft.method=full", "--config.data.eval_fraction=0.1"]
+    options += ["--config.eval.exact_match=true", "--config.eval.max_new_tokens=4"]
+    options += ["--config.data.packing=false", "--config.data.pad_to=longest"]
+    runs.one("one-full", *options, devices=4)
+    runs.many("two-full", *options, processes=2, devices=2).wait(0)
+    assert np.array(runs.losses("two-full")) == pytest.approx(
+        np.array(runs.losses("one-full")), rel=SHARDED
+    )
+    got, expected = runs.exported("two-full", "merged"), runs.exported("one-full", "merged")
+    for name in expected:
+        largest = np.abs(expected[name]).max()
+        assert np.abs(got[name] - expected[name]).max() <= SHARDED * largest, name
+    files = [runs.folder / run / "samples.jsonl" for run in ("one-full", "two-full")]
+    assert files[0].read_text() == files[1].read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 2])
+def test_killed_process_with_the_defaults(runs: Runs, victim: int) -> None:
+    run = f"killed-{victim}"
+    options = ["--config.train.num_steps=3000", "--config.distributed.silence_seconds=10"]
+    launch = runs.many(run, *options, processes=3)
+    launch.until("train step 4/")
+    launch.signal(victim, signal.SIGKILL)
+    killed_at = time.monotonic()
+    output = launch.wait(128 + signal.SIGKILL)
+    assert time.monotonic() - killed_at < 20
+    for number in {0, 1, 2} - {victim}:
+        assert f"error: process {number}: process {victim} " in output
+    runs.many(run, "--config.train.num_steps=6", processes=2).wait(0)
+    assert runs.losses(run)[-1][0] == 6
+
+
+@pytest.mark.slow
+def test_hanging_process_ends_all_with_stacks(runs: Runs) -> None:
+    options = ["--config.distributed.step_timeout_seconds=5"] * 2
+    processes = separate(runs, "hanging", options, JAXTUNE_FAULT="step_post@3=hang")
+    for process in processes:
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == 70, out + err
+        assert "took longer than distributed.step_timeout_seconds=5" in err
+        assert "Current thread" in err and "train.py" in err
+
+
+@pytest.mark.slow
+def test_error_of_one_process_is_told_to_all(runs: Runs, tmp_path: Path) -> None:
+    absent = f"--config.data.train={tmp_path / 'absent.jsonl'}"
+    first, second = separate(runs, "absent", ["--config.train.seed=0", absent])
+    _, err = second.communicate(timeout=120)
+    assert second.returncode == 3 and "absent.jsonl does not exist" in err
+    _, err = first.communicate(timeout=120)
+    assert first.returncode == 71
+    assert "process 0: process 1 has ended (DataError:" in err and "absent.jsonl" in err
+
+
+@pytest.mark.slow
+def test_interrupt_reaches_all_through_the_launcher(runs: Runs) -> None:
+    launch = runs.many("interrupted", "--config.train.num_steps=3000", processes=2)
+    launch.until("train step 2/")
+    launch.process.send_signal(signal.SIGINT)
+    output = launch.wait(130)
+    assert output.count("SIGINT: saving after this step") == 2
+    assert output.count("state saved - start the same command") == 2
+
+
+@pytest.mark.slow
+def test_folder_that_is_not_shared_is_refused(runs: Runs, tmp_path: Path) -> None:
+    shared = "--config.train.output_dir=out"
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    processes = []
+    for number, place in enumerate("ab"):
+        command = [sys.executable, "-m", "jaxtune.train", f"--config={runs.config}", shared]
+        env = runs.environment() | {
+            "JAX_COORDINATOR_ADDRESS": "127.0.0.1:23431",
+            "JAX_NUM_PROCESSES": "2",
+            "JAX_PROCESS_ID": str(number),
+        }
+        pipe = subprocess.PIPE
+        processes.append(
+            subprocess.Popen(
+                command, cwd=tmp_path / place, env=env, stdout=pipe, stderr=pipe, text=True
+            )
+        )
+    for process in processes:
+        _, err = process.communicate(timeout=120)
+        assert process.returncode == 2
+        assert "run.lock (on a file system that all share)=none" in err
