@@ -14,6 +14,8 @@ from jaxtune import errors
         ("DataError", 3),
         ("WeightError", 4),
         ("NumericsError", 5),
+        ("HangError", 70),
+        ("PeerError", 71),
         ("StorageError", 74),
         ("PreemptedError", 75),
         ("LockedError", 76),

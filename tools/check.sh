@@ -8,7 +8,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 venv=${VENV:-.venv-dev}
 if [ -d "$venv/bin" ]; then PATH="$PWD/$venv/bin:$PATH"; fi
-code="jaxtune tools tests configs"
+code="jaxtune tools tests configs launch"
 
 what=${1:-all}
 case $what in

@@ -17,7 +17,7 @@ FUNCTION_LINES, KERNEL_FUNCTION_LINES = 80, 150
 ARGUMENTS, KERNEL_ARGUMENTS = 10, 16  # a kernel's arguments are its operands
 CONFIG_LINES = 40
 README_LINES = 250
-PYTHON_FOLDERS = ("jaxtune", "tools", "configs", "tests")
+PYTHON_FOLDERS = ("jaxtune", "tools", "configs", "launch", "tests")
 
 
 def is_kernel(path: Path) -> bool:
