@@ -39,6 +39,8 @@ class Peers:
         self._silence_seconds = silence_seconds
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="peers", daemon=True)
+        self._signs = 0
+        self._failed_at: float | None = None  # when the first failure of another was seen
         self._seen: dict[int, tuple[str, float]] = {}  # newest sign of each process, and when
 
     def __enter__(self) -> "Peers":
@@ -75,28 +77,33 @@ class Peers:
         distributed.leave()
 
     def _watch(self) -> None:
-        client = distributed.client()
-        count, failed_at = 0, None
         while not self._over.wait(PERIOD_SECONDS):
-            count += 1
-            sign = f"{count} {socket.gethostname()} pid {os.getpid()}"
             try:
-                client.key_value_set(f"{SIGNS}/{process.index()}", sign, allow_overwrite=True)
-                if process.is_first():
-                    self._note_silent()
-                silent = _numbered(client.key_value_dir_get(SILENT))
-                failed = _numbered(client.key_value_dir_get(FAILED))
+                news = self._look()
             except Exception:  # the service is gone, and JAX about to abort
                 continue
-            if process.index() in failed:
-                continue  # this process is ending by itself
-            if failed and failed_at is None:
-                failed_at = time.monotonic()
-            if silent or failed_at is not None and time.monotonic() - failed_at > GRACE_SECONDS:
+            if news is not None:
                 if process.is_first():
                     time.sleep(GRACE_SECONDS)
-                number, why = next(iter((silent | failed).items()))
-                end_process(lost(f"process {number} has ended ({why})"))
+                return end_process(lost(news))
+
+    def _look(self) -> str | None:
+        """Gives a sign of life; returns which process has ended, once that must end this one."""
+        client = distributed.client()
+        self._signs += 1
+        sign = f"{self._signs} {socket.gethostname()} pid {os.getpid()}"
+        client.key_value_set(f"{SIGNS}/{process.index()}", sign, allow_overwrite=True)
+        if process.is_first():
+            self._note_silent()
+        silent = _numbered(client.key_value_dir_get(SILENT))
+        failed = _numbered(client.key_value_dir_get(FAILED))
+        if process.index() in failed or not silent | failed:
+            return None  # all is well, or this process is ending by itself
+        self._failed_at = self._failed_at or time.monotonic()
+        if not silent and time.monotonic() - self._failed_at < GRACE_SECONDS:
+            return None
+        number, why = next(iter((silent | failed).items()))
+        return f"process {number} has ended ({why})"
 
     def _note_silent(self) -> None:
         """In process 0: declares ended whose sign has not changed for too long."""

@@ -11,6 +11,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 
 import ray
 from ray.util import get_node_ip_address
@@ -27,10 +28,11 @@ def main() -> int:
     group = placement_group([{"CPU": 1} | resources] * options.nodes, strategy="STRICT_SPREAD")
     ray.get(group.ready())
 
-    def on(node: int, function):
+    def on(node: int, function: Callable):
         strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=node)
         taken = {"num_gpus": resources["GPU"]} if name == "GPU" else {"resources": resources}
-        return ray.remote(max_retries=0, num_cpus=1, scheduling_strategy=strategy, **taken)(function)
+        options = {"max_retries": 0, "num_cpus": 1, "scheduling_strategy": strategy} | taken
+        return ray.remote(**options)(function)
 
     address = ray.get(on(0, free_address).remote())
     running = [
