@@ -18,6 +18,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from jaxtune import cluster, process
+from jaxtune.aborts import on_abort
 from jaxtune.errors import ConfigError, listing
 from jaxtune.schema import Distributed
 
@@ -39,21 +40,24 @@ def start(options: Distributed) -> None:
             return
         # Its handler would keep SIGTERM from us; the stop is agreed on by `Vote`.
         jax.config.update("jax_enable_preemption_service", False)
+        on_abort(_not_found)
         try:
             jax.distributed.initialize(
                 **arguments, initialization_timeout=options.start_timeout_seconds
             )
         except (RuntimeError, ValueError) as error:
-            raise ConfigError(
-                f"the processes of the run do not find each other ({_first_line(error)}) - is "
-                "process 0 running, its host and port reachable, and each number taken once?"
-            ) from error
+            raise _not_found() from error
         atexit.register(jax.distributed.shutdown)
     process.set_place(global_state.process_id, global_state.num_processes)
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
+def _not_found() -> ConfigError:
+    return ConfigError(
+        "the processes of the run do not find each other "
+        f"(this is process {global_state.process_id}, the coordinator should be at "
+        f"{global_state.coordinator_address}) - start all of them within "
+        "distributed.start_timeout_seconds, each with its own number, and let them reach that port"
+    )
 
 
 # Host data and global arrays.

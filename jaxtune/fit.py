@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxtune import build, hardware, optim, process
+from jaxtune import build, hardware, optim
 from jaxtune.data import TokenBatch
 from jaxtune.distributed import smallest
 from jaxtune.errors import DoesNotFitError
@@ -20,7 +20,7 @@ from jaxtune.log import info, warn
 from jaxtune.nn.stack import REMAT
 from jaxtune.schema import FETCHING
 from jaxtune.sharding import pipeline, rules
-from jaxtune.sharding.mesh import has_host_memory
+from jaxtune.sharding.mesh import has_host_memory, own_device
 from jaxtune.step import TrainStep, make_train_step
 
 # Of a device's memory, what a program may plan with; the rest is for the runtime and fragments.
@@ -80,8 +80,7 @@ def _is_open(run: build.Run) -> bool:
 
 def _limit(run: build.Run) -> float | None:
     """Bytes of the device with the least memory, as far as each process knows its own."""
-    device = run.mesh.devices.flat[0] if process.count() == 1 else jax.local_devices()[0]
-    return smallest(hardware.memory_bytes(device))
+    return smallest(hardware.memory_bytes(own_device(run.mesh)))
 
 
 def policies(run: build.Run) -> list[str]:
@@ -123,7 +122,7 @@ def _search(
 
     No program if nothing fits a CPU, whose memory may be more than is free now.
     """
-    device = run.mesh.devices.flat[0]
+    device = own_device(run.mesh)
     limit: Any = _limit(run)
     for name in policies(run):
         candidate = run if name == run.policy.remat else build.with_remat(run, name)

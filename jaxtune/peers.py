@@ -3,14 +3,12 @@
 Every process writes a sign of life to the coordination service each second and looks for news of
 ended ones. Process 0 notes who has gone silent; a process that fails notes its own error.
 
-The service lives in process 0. When that is gone JAX aborts the others at once, from a thread of
-its own, so that case is told by a handler of SIGABRT.
+The service lives in process 0. When that is gone JAX aborts the others at once, which is told
+by `aborts`.
 """
 
-import ctypes
 import os
 import shlex
-import signal
 import socket
 import sys
 import threading
@@ -20,6 +18,7 @@ from types import TracebackType
 from jax._src.distributed import global_state
 
 from jaxtune import distributed, process
+from jaxtune.aborts import on_abort
 from jaxtune.errors import JaxtuneError, PeerError, end_process
 
 SIGNS, SILENT, FAILED = "jaxtune/signs", "jaxtune/silent", "jaxtune/failed"
@@ -45,7 +44,7 @@ class Peers:
 
     def __enter__(self) -> "Peers":
         if process.count() > 1:
-            _tell_aborts()
+            on_abort(_lost_service)
             self._thread.start()
         return self
 
@@ -61,16 +60,21 @@ class Peers:
             # Most likely what a lost process does to a collective; the watch then ends this one.
             time.sleep(self._silence_seconds + 2 * PERIOD_SECONDS + GRACE_SECONDS)
         if error is not None:
-            self._end_together(f"{type(error).__name__}: {error}")
+            self._end_together(error)
         self._over.set()
         self._thread.join()
 
-    def _end_together(self, why: str) -> None:
+    def tell(self, error: BaseException) -> None:
+        """Lets the other processes know why this one ends; they end within seconds."""
+        why = f"{type(error).__name__}: {error}"
+        distributed.client().key_value_set(f"{FAILED}/{process.index()}", why, allow_overwrite=True)
+
+    def _end_together(self, error: BaseException) -> None:
         """Tells the others; if all end now, they part in order, each with its own error."""
-        client = distributed.client()
         try:
-            client.key_value_set(f"{FAILED}/{process.index()}", why, allow_overwrite=True)
-            client.wait_at_barrier(f"{FAILED}/all", int(2 * GRACE_SECONDS * 1000))
+            self.tell(error)
+            milliseconds = int(2 * GRACE_SECONDS * 1000)
+            distributed.client().wait_at_barrier(f"{FAILED}/all", milliseconds)
         except Exception:  # nobody to tell, or not all end: the watches of the others act
             return
         self._over.set()
@@ -130,20 +134,11 @@ def _numbered(entries: list[tuple[str, str]]) -> dict[int, str]:
     return {int(key.rpartition("/")[2]): value for key, value in entries}
 
 
-def _tell_aborts() -> None:
-    """Names process 0 when JAX aborts because it is gone.
-
-    Python's own handlers run in the main thread, too late; JAX's callback for the loss of the
-    service ends in std::bad_cast (jaxlib 0.10.2).
-    """
-    ctypes.CDLL(None).signal(signal.SIGABRT, _ON_ABORT)
-
-
-@ctypes.CFUNCTYPE(None, ctypes.c_int)
-def _ON_ABORT(number: int) -> None:
+def _lost_service() -> PeerError | None:
+    """The error of an abort, if process 0 is gone."""
     host, _, port = str(global_state.coordinator_address).rpartition(":")
     try:
         socket.create_connection((host, int(port)), timeout=2).close()
     except OSError:
-        end_process(lost(f"process 0 on {host} has ended"))
-    os._exit(128 + number)
+        return lost(f"process 0 on {host} has ended")
+    return None

@@ -65,19 +65,20 @@ def train(cfg: Any) -> Result:
     """
     cfg = config.resolve(dataclasses.asdict(cfg) if isinstance(cfg, RunConfig) else cfg)
     distributed.start(cfg.distributed)
-    with Peers(cfg.distributed.silence_seconds), StopSignal() as stop:
+    with Peers(cfg.distributed.silence_seconds) as peers, StopSignal() as stop:
         hardware.prepare(cfg.train.compilation_cache)
         folder = Path(cfg.train.output_dir)
         with RunLock(folder) if process.is_first() else nullcontext():
             distributed.wait_for_all("locked")
-            result = _train(cfg, folder, stop)
+            watchdog = Watchdog(cfg.distributed.step_timeout_seconds, peers.tell)
+            result = _train(cfg, folder, stop, watchdog)
             distributed.wait_for_all("done")
     for what, path in result.paths.items():
         info(f"{what}: {path}")
     return result
 
 
-def _train(cfg: RunConfig, folder: Path, stop: StopSignal) -> Result:
+def _train(cfg: RunConfig, folder: Path, stop: StopSignal, watchdog: Watchdog) -> Result:
     """The run, in a folder that is ours."""
     with ExitStack() as cleanup:
         run, tokenizer, batches, held_out_set = _describe(cfg)
@@ -103,7 +104,6 @@ def _train(cfg: RunConfig, folder: Path, stop: StopSignal) -> Result:
         if vote.decide(stop.received is not None):
             raise stop.error(f"stopped before step {start + 1} - start the same command again")
         meter = Meter(run, log, _mean_length(batches.dataset))
-        watchdog = Watchdog(cfg.distributed.step_timeout_seconds)
         cleanup.callback(watchdog.stop)
         stream = batches.batches(position)
         cleanup.callback(stream.close)

@@ -4,20 +4,21 @@ import faulthandler
 import sys
 import threading
 import time
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 
 from jaxtune import process
 from jaxtune.errors import HangError, end_process
 
-_LAST_SECONDS = 3.0  # process 0 ends after the others, which JAX ends when it is gone
+# How long the others have to hear of it; process 0 ends last, because JAX then ends the rest.
+_FIRST_SECONDS, _OTHER_SECONDS = 5.0, 1.0
 
 
 class Watchdog:
     """Times steps, from `start` to `stop`."""
 
-    def __init__(self, seconds: float):
-        """`seconds` is what a step may take; 0: anything."""
-        self._seconds = seconds
+    def __init__(self, seconds: float, tell: Callable[[Exception], None]):
+        """`seconds` is what a step may take, 0: anything; `tell` lets other processes know."""
+        self._seconds, self._tell = seconds, tell
         self._compiled: set[Hashable] = set()
         self._timer: threading.Timer | None = None
 
@@ -40,11 +41,11 @@ class Watchdog:
         sys.stderr.write(f"jaxtune: {process.label()}where every thread is:\n")
         sys.stderr.flush()
         faulthandler.dump_traceback(2)
-        if process.count() > 1 and process.is_first():
-            time.sleep(_LAST_SECONDS)
-        end_process(
-            HangError(
-                f"step {step} took longer than distributed.step_timeout_seconds={self._seconds} - "
-                "see the stacks above; the same command goes on from the newest checkpoint"
-            )
+        error = HangError(
+            f"step {step} took longer than distributed.step_timeout_seconds={self._seconds} - "
+            "see the stacks above; the same command goes on from the newest checkpoint"
         )
+        if process.count() > 1:  # in a thread of its own, since the network may hang, too
+            threading.Thread(target=self._tell, args=[error], daemon=True).start()
+            time.sleep(_FIRST_SECONDS if process.is_first() else _OTHER_SECONDS)
+        end_process(error)

@@ -32,7 +32,7 @@ def service(monkeypatch: pytest.MonkeyPatch) -> Service:
     found = Service()
     monkeypatch.setattr(distributed, "client", lambda: found)
     monkeypatch.setattr(distributed, "leave", lambda: found.values.update(left="yes"))
-    monkeypatch.setattr(peers, "_tell_aborts", lambda: None)
+    monkeypatch.setattr(peers, "on_abort", lambda last_words: None)
     monkeypatch.setattr(peers, "PERIOD_SECONDS", 0.02)
     monkeypatch.setattr(peers, "GRACE_SECONDS", 0.1)
     yield found

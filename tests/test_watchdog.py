@@ -15,7 +15,8 @@ def ended(monkeypatch: pytest.MonkeyPatch) -> list[JaxtuneError]:
 
 
 def test_long_step_ends_the_process_with_stacks(ended, capfd: pytest.CaptureFixture[str]):
-    watch = Watchdog(0.1)
+    told = []
+    watch = Watchdog(0.1, told.append)
     watch.start(1, "shape")
     watch.start(2, "shape")
     deadline = time.monotonic() + 10
@@ -24,11 +25,12 @@ def test_long_step_ends_the_process_with_stacks(ended, capfd: pytest.CaptureFixt
     (error,) = ended
     assert isinstance(error, HangError) and error.exit_code == 70
     assert str(error).startswith("step 2 took longer than distributed.step_timeout_seconds=0.1")
+    assert not told, "there is only one process"
     assert "test_watchdog.py" in capfd.readouterr().err
 
 
 def test_what_compiles_and_what_is_done_is_not_timed(ended):
-    watch = Watchdog(0.05)
+    watch = Watchdog(0.05, print)
     watch.start(1, (1, 8))
     time.sleep(0.1)
     watch.start(2, (1, 16))
@@ -40,7 +42,7 @@ def test_what_compiles_and_what_is_done_is_not_timed(ended):
 
 
 def test_off():
-    watch = Watchdog(0)
+    watch = Watchdog(0, print)
     watch.start(1, "shape")
     watch.start(2, "shape")
     assert watch._timer is None

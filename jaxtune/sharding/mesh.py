@@ -60,9 +60,15 @@ def has_host_memory(device: Any) -> bool:
     return HOST in {memory.kind for memory in device.addressable_memories()}
 
 
+def own_device(mesh: Mesh) -> Any:
+    """A device of the mesh that this process can ask about itself; of described ones, the first."""
+    own = (d for d in mesh.devices.flat if d.process_index == jax.process_index())
+    return next(own, mesh.devices.flat[0])
+
+
 def require_host_memory(mesh: Mesh, option: str) -> None:
     """Raises ConfigError if the devices cannot keep arrays in their host's memory."""
-    device = mesh.devices.flat[0]
+    device = own_device(mesh)
     if not has_host_memory(device):
         raise ConfigError(
             f"config.{option} needs devices with host memory ({HOST}), which this "
