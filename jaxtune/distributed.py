@@ -6,6 +6,7 @@ With one process everything here is what it would be without it.
 import atexit
 import itertools
 import json
+import logging
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -49,6 +50,8 @@ def start(options: Distributed) -> None:
             raise _not_found() from error
         atexit.register(jax.distributed.shutdown)
     process.set_place(global_state.process_id, global_state.num_processes)
+    if not process.is_first():
+        logging.getLogger("jaxtune").setLevel(logging.ERROR)
 
 
 def _not_found() -> ConfigError:

@@ -218,6 +218,8 @@ def _report(
     run: build.Run, train_set: data.Dataset, held_out_set: data.Dataset | None, num_steps: int
 ) -> None:
     """Says what is about to happen."""
+    if not process.is_first():
+        return
     cfg, policy = run.config, run.policy
     trainable, frozen = tree.count(run.trainable), tree.count(run.frozen)
     info(config.to_json(cfg).rstrip())

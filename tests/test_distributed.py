@@ -6,10 +6,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
+import jax
 import numpy as np
 import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxtune.distributed import held_rows
 from tests.processes import Runs
 from tests.tolerances import SHARDED
 
@@ -85,6 +89,43 @@ def separate(runs: Runs, run: str, options: list[str], **variables: str) -> list
     return started
 
 
+class Sharding:
+    """What `held_rows` asks of a sharding, in a process that holds some of its devices."""
+
+    def __init__(self, mesh: Mesh, devices: list):
+        self._whole, self._devices = NamedSharding(mesh, PartitionSpec("data")), devices
+
+    def addressable_devices_indices_map(self, shape: tuple[int, ...]) -> dict:
+        indices = self._whole.devices_indices_map(shape)
+        return {device: indices[device] for device in self._devices}
+
+
+def test_rows_of_processes_follow_their_devices():
+    devices = jax.devices()[:6]
+    mesh = Mesh(np.array(devices).reshape(3, 2), ("data", "tensor"))
+
+    def held(of_process: list, rows: int) -> tuple[int, ...]:
+        sharding: Any = Sharding(mesh, of_process)
+        return held_rows(sharding, rows)
+
+    assert held(devices, 6) == (0, 1, 2, 3, 4, 5)
+    # The middle shard lies half on each of two processes.
+    assert held(devices[:3], 6) == (0, 1, 2, 3) and held(devices[3:], 6) == (2, 3, 4, 5)
+    assert held([devices[0], devices[5]], 6) == (0, 1, 4, 5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("processes", "devices"), [(1, 1), (2, 2), (3, 1)])
+def test_state_is_the_same_on_other_devices(runs: Runs, processes: int, devices: int) -> None:
+    """A finished run is read and exported again; nothing is trained in between."""
+    run = f"on-{processes}-{devices}"
+    shutil.copytree(runs.folder / "one", runs.folder / run)
+    shutil.rmtree(runs.folder / run / "adapter")
+    output = runs.many(run, processes=processes, devices=devices).wait(0)
+    assert "already at step 6 of 6" in output
+    runs.assert_same(run, "one")
+
+
 @pytest.mark.slow
 def test_whole_run_in_two_processes(runs: Runs) -> None:
     runs.many("two", "--config.checkpoint.export_merged=true", processes=2).wait(0)
@@ -93,9 +134,11 @@ def test_whole_run_in_two_processes(runs: Runs) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", ["data=2 fsdp=2", "fsdp=2 tensor=2", "tensor=4"])
+@pytest.mark.parametrize(
+    "mesh", ["data=2 fsdp=2", "fsdp=2 tensor=2", "tensor=4", "fsdp=2 sequence=2"]
+)
 def test_four_processes(runs: Runs, mesh: str) -> None:
-    sizes = {"data": 1, "fsdp": 1, "tensor": 1} | dict(part.split("=") for part in mesh.split())
+    sizes = {"data": 1, "fsdp": 1} | dict(part.split("=") for part in mesh.split())
     options = [f"--config.mesh.{name}={size}" for name, size in sizes.items()]
     name = mesh.replace(" ", "-")
     runs.one(f"one-{name}", *options, devices=4)

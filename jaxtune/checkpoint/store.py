@@ -14,7 +14,8 @@ A run that starts from step n (or from nothing) begins a new line: checkpoints a
 abandoned one, and go once the new line has its first checkpoint.
 
 In a multi-process run every process calls `save` and `restore` together; orbax writes the arrays
-collectively, process 0 does the rest. Whoever saves must hold the folder's `RunLock`.
+collectively, process 0 does the rest. The folder is on a file system that all share. Whoever saves
+must hold the folder's `RunLock`.
 """
 
 import logging
@@ -29,6 +30,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from jaxtune import process
 from jaxtune.checkpoint import manifest, meta, steps
 from jaxtune.errors import StorageError, WeightError, listing
 from jaxtune.faults import fault
@@ -152,7 +154,7 @@ class Store:
         if step is not None and step not in numbered:
             there = self.steps() or "none"
             raise WeightError(f"no checkpoint of step {step} in {self.folder} - there are {there}")
-        if step is None:
+        if step is None and process.is_first():
             if odd := steps.oddities(self.folder):
                 warn(f"ignored in {self.folder}, not checkpoints: {', '.join(odd[:10])}")
         causes = []
@@ -161,7 +163,7 @@ class Store:
                 state, position = self._read(candidate, abstract_state)
             except _Damaged as error:
                 causes.append(f"step {candidate}: {error}")
-                if step is None:
+                if step is None and process.is_first():
                     warn(f"checkpoint {candidate} is damaged ({error}); trying an older one")
                 continue
             self._start = candidate
