@@ -138,7 +138,7 @@ def _lost_service() -> PeerError | None:
     """The error of an abort, if process 0 is gone."""
     host, _, port = str(global_state.coordinator_address).rpartition(":")
     try:
-        socket.create_connection((host, int(port)), timeout=2).close()
+        socket.create_connection((host.strip("[]"), int(port)), timeout=2).close()
     except OSError:
         return lost(f"process 0 on {host} has ended")
     return None

@@ -43,7 +43,8 @@ class StopSignal:
     def __exit__(self, *_: object) -> None:
         if self._previous:
             for number, handler in self._previous.items():
-                signal.signal(number, handler)  # type: ignore[arg-type]
+                # None stands for a handler of C code, which Python cannot put back.
+                signal.signal(number, handler or signal.SIG_DFL)  # type: ignore[arg-type]
             signal.set_wakeup_fd(self._previous_fd)
             os.close(self._write_end)  # ends the thread
             self._previous = {}

@@ -71,7 +71,7 @@ def start(options: argparse.Namespace, number: int, address: str) -> subprocess.
     output = subprocess.PIPE
     if options.log_dir:
         options.log_dir.mkdir(parents=True, exist_ok=True)
-        output = open(options.log_dir / f"process-{number}.log", "w")  # noqa: SIM115
+        output = open(options.log_dir / f"process-{number}.log", "w")
     command = [sys.executable, "-m", "jaxtune.train", *options.training]
     return subprocess.Popen(
         command, env=env, stdout=output, stderr=subprocess.STDOUT, text=True, start_new_session=True
