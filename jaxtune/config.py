@@ -139,10 +139,6 @@ def _contradictions(config: RunConfig) -> list[str]:
         problems.append("config.eval needs held-out rows - set data.eval or data.eval_fraction")
     if c.train.num_steps is None and c.train.num_epochs == 0:
         problems.append("config.train: set num_steps, or num_epochs above 0")
-    if c.model.offload_frozen and c.peft.method == "full":
-        problems.append(
-            "config.model.offload_frozen would be ignored: peft.method=full trains every matrix"
-        )
     if c.model.offload_frozen and c.model.layers == "unroll":
         problems.append("config.model.layers: offload_frozen fetches layers in a scan - use auto")
     if c.model.offload_frozen and c.model.remat not in ("auto", *FETCHING):
@@ -199,6 +195,7 @@ def _unread(c: RunConfig) -> list[str]:
     only_muon = c.optim.name == "muon" and c.peft.method == "lora"
     rules = (
         (c.peft.method == "full", "peft", (*shape, "dropout"), "peft.method=full has no adapters"),
+        (c.peft.method == "full", "model", ("offload_frozen",), "peft.method=full trains all"),
         (c.peft.adapter is not None, "peft", shape, "peft.adapter brings its own"),
         (formats <= {"int8"}, "quant", ("block_size",), "no format of quant.format has blocks"),
         (not formats & {"nf4", "fp4"}, "quant", ("double_quant",), "only nf4 and fp4 have it"),
