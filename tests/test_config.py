@@ -121,7 +121,7 @@ def test_wrong_overrides(tmp_path: Path, option: str, message: str):
         (["mesh.data=0"], "config.mesh.data=0"),
         (["mesh.data=-1"], "only one axis may be -1"),
         (["optim.name=adamw8bit", "optim.offload=true"], "bytes in host memory"),
-        (["model.offload_frozen=true", "peft.method=full"], "offload_frozen would be ignored"),
+        (["model.offload_frozen=true", "peft.method=full"], "offload_frozen=True would be ignored"),
         (["model.offload_frozen=true", "model.remat=attention"], "attention would keep weights"),
         (["model.offload_frozen=true", "model.layers=unroll"], "fetches layers in a scan"),
         (["optim.name=adafactor", "optim.b1=0.9"], "b1=0.9 would be ignored: adafactor has its"),
