@@ -310,29 +310,16 @@ class Mesh:
 
 @dataclass(frozen=True, kw_only=True)
 class Distributed:
-    """Several processes: how they find each other, and when one of them counts as lost."""
+    """Several processes: how they find each other, and when one is lost (docs/launch.md)."""
 
-    coordinator_address: str | None = _field(
-        None,
-        "host:port of process 0; default: the launcher's variables or the cluster's "
-        "(see docs/launch.md), else one process",
-    )
-    num_processes: int | None = _field(None, "processes in all", low=1)
+    coordinator_address: str | None = _field(None, "host:port of process 0; default: by launcher")
+    num_processes: int | None = _field(None, "processes in all; default: by launcher", low=1)
     process_id: int | None = _field(None, "number of this process, from 0", low=0)
-    local_device_ids: tuple[int, ...] = _field(
-        (), "devices of this host that this process uses; empty: all"
-    )
-    start_timeout_seconds: int = _field(
-        300, "how long a process waits for the others at the start", low=1
-    )
-    silence_seconds: int = _field(
-        10, "a process that gives no sign of life for so long is lost, and all end", low=3
-    )
+    local_device_ids: tuple[int, ...] = _field((), "devices of this host to use; empty: all")
+    start_timeout_seconds: int = _field(300, "wait for the others at the start", low=1)
+    silence_seconds: int = _field(10, "a process without sign of life for so long is lost", low=3)
     step_timeout_seconds: int = _field(
-        0,
-        "a step that takes longer ends the process with its stacks printed (exit code 70; also "
-        "with one process); steps that compile are not timed; 0: never",
-        low=0,
+        0, "a longer step ends with stacks and exit code 70, unless it compiles; 0: never", low=0
     )
 
 
