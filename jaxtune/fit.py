@@ -85,7 +85,7 @@ def _limit(run: build.Run) -> float | None:
 
 def policies(run: build.Run) -> list[str]:
     """What may be recomputed on the run's devices, from the fastest to the leanest."""
-    device = run.mesh.devices.flat[0]
+    device = own_device(run.mesh)
     fetches = run.policy.offload_frozen or run.policy.chunks > 1
     # A CPU's memory is the host's; a pipeline refuses it.
     offloads = device.platform != "cpu" and pipeline.num_stages(run.mesh) == 1
