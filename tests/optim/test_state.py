@@ -189,7 +189,7 @@ def test_a_step_with_the_state_in_host_memory_is_the_same_step(tmp_path: Path):
 
 def test_a_platform_without_host_memory_is_refused():
     class Device:
-        platform, process_index = "other", 0
+        platform, device_kind, process_index = "other", "other", 0
 
         def addressable_memories(self) -> list:
             return []
