@@ -117,8 +117,8 @@ def compile(m, d, f, format, double_quant=False, dtype=jnp.bfloat16, rank=0):
     x, w, g = abstract(jax.eval_shape(arrays))
     for function, args in ((product, (x, w)), (gradient, (x, w, g))):
         memory = jax.jit(function).lower(*args).compile().memory_analysis()
-        # Only on v5p, why is not known: 136 KiB for nested scales, and what fills up a width that is
-        # no multiple of a tile is copied.
+        # Only on v5p, why is not known: 136 KiB for nested scales, and copies of operands whose
+        # width is no multiple of a tile.
         odd = double_quant or min(d, f) % 128
         limit = 2**18 + 3 * m * (d + f) if odd and sys.argv[1].startswith("v5p") else 0
         assert memory.temp_size_in_bytes <= limit, (m, d, f, format, memory.temp_size_in_bytes)
