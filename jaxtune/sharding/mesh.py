@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from jaxtune.errors import ConfigError
@@ -29,8 +30,19 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
             "the product must equal their number; set one axis to -1"
         )
     axis_types = (AxisType.Auto,) * len(resolved)
-    shape = tuple(resolved.values())
-    return Mesh(np.array(devices).reshape(shape), tuple(resolved), axis_types=axis_types)
+    arranged = _arranged(devices, tuple(resolved.values()))
+    return Mesh(arranged, tuple(resolved), axis_types=axis_types)
+
+
+def _arranged(devices: Sequence[Any], shape: tuple[int, ...]) -> np.ndarray:
+    """The devices so that neighbours along an axis are neighbours in the torus of a TPU slice.
+
+    Several slices, and everything else, stay in JAX's order.
+    """
+    slices = {getattr(device, "slice_index", 0) for device in devices}
+    if devices[0].platform != "tpu" or len(devices) < 4 or len(slices) > 1:
+        return np.array(devices).reshape(shape)
+    return create_device_mesh(shape, devices, allow_split_physical_axes=True)
 
 
 def current(mesh: Mesh) -> Mesh | AbstractMesh:

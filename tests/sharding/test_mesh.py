@@ -19,6 +19,26 @@ def test_chosen_devices():
     assert mesh.devices.size == 2 and batch_shards(mesh) == 1
 
 
+def test_neighbours_in_a_tpu_slice_are_neighbours_in_the_mesh():
+    """A row of eight chips comes as two squares of four, which is how hosts hold them."""
+
+    class Chip:
+        platform, device_kind, process_index, slice_index = "tpu", "TPU v5 lite", 0, 0
+        core_on_chip = 0
+
+        def __init__(self, x: int, y: int):
+            self.id, self.coords = 2 * x + y, (x, y, 0)
+
+    chips = [Chip(x, y) for x in range(4) for y in range(2)]
+    hosts = [c for c in chips if c.coords[0] < 2] + [c for c in chips if c.coords[0] >= 2]
+    mesh = make_mesh({"fsdp": 2, "tensor": 4}, hosts)
+    for row in mesh.devices:
+        for chip, other in zip(row, row[1:], strict=False):
+            assert sum(abs(a - b) for a, b in zip(chip.coords, other.coords, strict=True)) == 1
+    twice = hosts[:4] + [type("Other", (Chip,), {"slice_index": 1})(x, 5) for x in range(4)]
+    assert list(make_mesh({"fsdp": 8}, twice).devices) == twice
+
+
 @pytest.mark.parametrize("sizes", [{"data": 3, "fsdp": -1}, {"data": 16, "fsdp": -1}, {"data": 4}])
 def test_sizes_that_do_not_fit(sizes: dict[str, int]):
     with pytest.raises(ConfigError, match="does not fit 8 devices"):
