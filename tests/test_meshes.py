@@ -6,12 +6,14 @@ import itertools
 import math
 import re
 import zlib
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import optax
 import pytest
+from safetensors.numpy import load_file
 
 from jaxtune import build
 from jaxtune.data import TokenBatch
@@ -21,7 +23,8 @@ from jaxtune.quant import QArray
 from jaxtune.schema import Data, Mesh, Model, Peft, Quant, RunConfig, Train
 from jaxtune.sharding.mesh import make_mesh
 from jaxtune.step import make_train_step
-from tests import oracle, tolerances
+from jaxtune.train import train
+from tests import oracle, test_train, tolerances
 from tests.oracle import difference
 
 # Every axis of the model can be cut into eight.
@@ -230,3 +233,27 @@ def test_tensor_shards_in_bfloat16():
     np.testing.assert_allclose(other_losses, losses, rtol=tolerances.OPS_BFLOAT16)
     for name, array in expected.items():
         assert difference(found[name], array) <= tolerances.OPS_BFLOAT16, name
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_another_sharding_stage_and_mesh(tmp_path: Path):
+    """Full tuning: steps 3 and 4 from the checkpoint of step 2."""
+
+    def run(resume: str, micro_batch_size: int, **mesh: int) -> tuple[dict[str, np.ndarray], float]:
+        config = test_train.run_config(
+            tmp_path,
+            "run",
+            peft={"method": "full", "rank": Peft().rank},
+            train={"micro_batch_size": micro_batch_size},
+            checkpoint={"every_steps": 2, "keep_last": 9, "resume": resume},
+            mesh=mesh,
+        )
+        result = train(config)
+        return load_file(result.paths["merged"] / "model.safetensors"), result.metrics["loss"]
+
+    expected, loss = run("auto", 2, fsdp=4, tensor=2)
+    for stage in (1, 2):
+        found, other_loss = run("2", 1, data=2, fsdp=4, sharding_stage=stage)
+        assert other_loss == pytest.approx(loss, rel=tolerances.SHARDED)
+        for name, array in expected.items():
+            assert difference(found[name], array) <= 1e-4, name  # after Adam
