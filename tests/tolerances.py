@@ -11,8 +11,8 @@ REAL_GRADIENTS = 1e-4  # of a trained model of 30 layers, against torch's autogr
 LOSS_CURVE = 1e-5  # every one of 20 training steps, against PEFT and torch.optim
 REAL_LOSS_CURVE = 5e-4  # the same for a trained model of 30 layers, with large gradients
 OPS = 2e-6  # single operations, against plain formulas
-OPS_LONG_SUMS = 5e-6  # heads of 128 and 256: of 40 cases one is at 2.5e-6 (seed 1019, dq). There
-#   the float32 oracle is 1.1e-6 from its float64 self and a flash backward pass, which computes the
-#   scores again in another order, 3.7e-6, be it XLA's or the TPU kernel's
+OPS_LONG_SUMS = 5e-6  # heads of 256 in XLA attention: of 40 cases one is at 2.5e-6 (seed 1019,
+#   dq). There the float32 oracle is 1.1e-6 from its float64 self and a flash backward pass, which
+#   computes the scores again in another order, 3.7e-6 (XLA's), 4.0e-6 (the TPU kernel's)
 OPS_BFLOAT16 = 2e-2
 SHARDED = 1e-5  # eight devices against one
