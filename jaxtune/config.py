@@ -8,19 +8,18 @@ editable tree into frozen dataclasses.
 
 import ast
 import dataclasses
-import difflib
 import importlib.util
 import json
 import math
-import re
 import typing
 from pathlib import Path
 from typing import Any
 
 from ml_collections import config_dict
 
-from jaxtune.errors import ConfigError, listing
-from jaxtune.schema import FETCHING, QUANT_FORMATS, Quant, RunConfig, sections
+from jaxtune.conflicts import contradictions
+from jaxtune.errors import ConfigError, listing, nearest
+from jaxtune.schema import RunConfig, sections
 
 
 def default() -> Any:
@@ -52,14 +51,14 @@ def resolve(tree: config_dict.ConfigDict | typing.Mapping[str, Any]) -> RunConfi
     known = sections()
     for section in tree:
         if section not in known:
-            problems.append(f"config.{section}: no such section" + _nearest(section, known))
+            problems.append(f"config.{section}: no such section" + nearest(section, known))
     values = {
         name: _resolve_section(name, cls, tree.get(name, {}), problems)
         for name, cls in known.items()
     }
     if not problems:
         config = RunConfig(**values)
-        problems = _contradictions(config)
+        problems = contradictions(config)
         if not problems:
             return config
     if len(problems) == 1:
@@ -75,7 +74,7 @@ def _resolve_section(name: str, cls: type, given: Any, problems: list[str]) -> A
     fields = {field.name: field for field in dataclasses.fields(cls)}
     for key in given:
         if key not in fields:
-            problems.append(f"config.{name}.{key}: no such key" + _nearest(key, fields))
+            problems.append(f"config.{name}.{key}: no such key" + nearest(key, fields))
     values = {}
     for key, field in fields.items():
         if key in given:
@@ -104,7 +103,7 @@ def _checked(value: Any, hint: Any, field: dataclasses.Field) -> Any:
         raise ValueError(f"must be {kind.__name__}, not {type(value).__name__}")
     low, high, choices = (field.metadata[name] for name in ("low", "high", "choices"))
     if choices is not None and value not in choices:
-        raise ValueError(f"must be one of {', '.join(choices)}" + _nearest(value, choices))
+        raise ValueError(f"must be one of {', '.join(choices)}" + nearest(value, choices))
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError("must be a finite number")
     if low is not None and value < low or high is not None and value > high:
@@ -113,122 +112,12 @@ def _checked(value: Any, hint: Any, field: dataclasses.Field) -> Any:
     return value
 
 
-def _contradictions(config: RunConfig) -> list[str]:
-    """Combinations of fields that cannot work, whatever the model."""
-    c, problems = config, []
-    if not c.data.train:
-        problems.append("config.data.train is empty - name a training file")
-    if c.optim.warmup_steps and c.optim.warmup_ratio:
-        problems.append("config.optim: set warmup_steps or warmup_ratio, not both")
-    if c.peft.method == "full" and c.peft.adapter:
-        problems.append("config.peft.adapter needs peft.method=lora")
-    if c.peft.method == "full" and c.quant.format:
-        problems.append("config.quant.format needs an adapter: peft.method=full trains the weights")
-    problems += _bad_formats(c.quant)
-    if c.peft.method == "lora" and not c.peft.target_modules:
-        problems.append("config.peft.target_modules is empty - e.g. all-linear")
-    if c.checkpoint.resume not in ("auto", "never") and not c.checkpoint.resume.isdecimal():
-        problems.append(
-            f"config.checkpoint.resume={c.checkpoint.resume!r}: must be auto, never or a step"
-        )
-    if c.checkpoint.keep_best and not c.eval.every_steps:
-        problems.append("config.checkpoint.keep_best needs eval.every_steps")
-    if c.data.eval and c.data.eval_fraction:
-        problems.append("config.data: set eval or eval_fraction, not both")
-    if (c.eval.every_steps or c.eval.exact_match) and not (c.data.eval or c.data.eval_fraction):
-        problems.append("config.eval needs held-out rows - set data.eval or data.eval_fraction")
-    if c.train.num_steps is None and c.train.num_epochs == 0:
-        problems.append("config.train: set num_steps, or num_epochs above 0")
-    if c.model.offload_frozen and c.model.layers == "unroll":
-        problems.append("config.model.layers: offload_frozen fetches layers in a scan - use auto")
-    if c.model.offload_frozen and c.model.remat not in ("auto", *FETCHING):
-        problems.append(
-            f"config.model.remat={c.model.remat} would keep weights on the device that "
-            "model.offload_frozen brings there - choose dots or full"
-        )
-    if c.model.offload_frozen and c.mesh.sharding_stage < 3:
-        problems.append(
-            "config.model.offload_frozen would keep the whole model in host memory for each "
-            "device - set mesh.sharding_stage=3"
-        )
-    if c.optim.offload and c.optim.name == "adamw8bit":
-        problems.append(
-            "config.optim.offload: XLA for TPU cannot compute with bytes in host memory - choose "
-            "optim.name=adamw, or leave adamw8bit's small state on the device"
-        )
-    problems += _unread(c)
-    axes = c.mesh.axes()
-    problems += [f"config.mesh.{name}=0: must be -1 or >= 1" for name, n in axes.items() if n == 0]
-    if list(axes.values()).count(-1) > 1:
-        problems.append("config.mesh: only one axis may be -1")
-    return problems
-
-
-def _bad_formats(quant: Quant) -> list[str]:
-    """Items of quant.format that are no `format` or `format=pattern`."""
-    problems = []
-    for item in quant.format:
-        name, equals, pattern = item.partition("=")
-        if name not in QUANT_FORMATS:
-            known = f"must begin with one of {', '.join(QUANT_FORMATS)}"
-            problems.append(
-                f"config.quant.format={item!r}: {known}" + _nearest(name, QUANT_FORMATS)
-            )
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            problems.append(f"config.quant.format={item!r}: {error}")
-        if not equals and len(quant.format) > 1 and item != quant.format[-1]:
-            problems.append(
-                f"config.quant.format: {item!r} takes all layers, so what follows is never used"
-            )
-    block_size = quant.block_size
-    if block_size & (block_size - 1):
-        problems.append(f"config.quant.block_size={block_size}: must be a power of two")
-    return problems
-
-
-def _unread(c: RunConfig) -> list[str]:
-    """Fields that were set although another field makes sure that nobody reads them."""
-    formats = {item.partition("=")[0] for item in c.quant.format}
-    shape = ("rank", "alpha", "rslora", "target_modules", "exclude_modules", "layers_to_transform")
-    only_muon = c.optim.name == "muon" and c.peft.method == "lora"
-    rules = (
-        (c.peft.method == "full", "peft", (*shape, "dropout"), "peft.method=full has no adapters"),
-        (c.peft.method == "full", "model", ("offload_frozen",), "peft.method=full trains all"),
-        (c.peft.adapter is not None, "peft", shape, "peft.adapter brings its own"),
-        (formats <= {"int8"}, "quant", ("block_size",), "no format of quant.format has blocks"),
-        (not formats & {"nf4", "fp4"}, "quant", ("double_quant",), "only nf4 and fp4 have it"),
-        (c.data.packing, "data", ("pad_to",), "data.packing fills rows of max_seq_len"),
-        (c.data.on_bad_row == "error", "data", ("max_bad_fraction",), "needs on_bad_row=skip"),
-        (c.train.num_steps is not None, "train", ("num_epochs",), "train.num_steps decides"),
-        (c.optim.schedule == "constant", "optim", ("min_lr_ratio",), "optim.schedule is constant"),
-        (c.optim.name == "adafactor", "optim", ("b1", "b2", "eps"), "adafactor has its own"),
-        (c.optim.name == "lion", "optim", ("eps",), "lion divides by nothing"),
-        (only_muon, "optim", ("b2", "eps"), "muon keeps no second moment of matrices"),
-        (not c.eval.exact_match, "eval", ("max_rows", "max_new_tokens"), "needs eval.exact_match"),
-    )
-    problems = []
-    for applies, section, names, why in rules:
-        given, default = getattr(c, section), getattr(RunConfig(), section)
-        for name in names:
-            if applies and getattr(given, name) != getattr(default, name):
-                value = getattr(given, name)
-                problems.append(f"config.{section}.{name}={value!r} would be ignored: {why}")
-    return problems
-
-
 def _value_type(hint: Any) -> type:
     """str | None -> str, tuple[str, ...] -> tuple, int -> int."""
     plain = [part for part in typing.get_args(hint) if part is not type(None)]
     if typing.get_origin(hint) is tuple:
         return tuple
     return plain[0] if plain else hint
-
-
-def _nearest(name: Any, known: typing.Iterable[str]) -> str:
-    close = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
-    return f" - did you mean {close[0]}?" if close else ""
 
 
 def to_json(config: RunConfig) -> str:
@@ -329,10 +218,10 @@ def _override(tree: Any, key: str, text: str) -> None:
     section, _, name = key.partition(".")
     known = sections()
     if section not in known:
-        raise ValueError(f"config.{key}: no section {section!r}" + _nearest(section, known))
+        raise ValueError(f"config.{key}: no section {section!r}" + nearest(section, known))
     hints = typing.get_type_hints(known[section])
     if name not in hints:
-        raise ValueError(f"config.{key}: no such key" + _nearest(name, hints))
+        raise ValueError(f"config.{key}: no such key" + nearest(name, hints))
     hint = hints[name]
     if text == "None" and type(None) in typing.get_args(hint):
         value: Any = None

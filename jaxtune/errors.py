@@ -5,6 +5,7 @@ A command wraps its body in `run_command`, which prints one line,
 or for errors that are ours (exit code 1).
 """
 
+import difflib
 import errno
 import os
 import sys
@@ -88,6 +89,12 @@ def listing(lines: Iterable[str], limit: int = 20) -> str:
     if len(lines) > limit:
         shown.append(f"\n  ... and {len(lines) - limit} more")
     return "".join(shown)
+
+
+def nearest(name: object, known: Iterable[str]) -> str:
+    """A hint for a misspelt name: " - did you mean X?", or nothing if no known one is near."""
+    close = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
+    return f" - did you mean {close[0]}?" if close else ""
 
 
 # What the disk answers when it is full, read-only, broken or not ours.

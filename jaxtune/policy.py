@@ -29,6 +29,12 @@ def resolve_policy(config: RunConfig, model_config: Any, mesh: Mesh) -> Policy:
     """
     model = config.model
     platform = mesh.devices.flat[0].platform
+    experts, shards = getattr(model_config, "num_experts", 0), mesh.shape.get("expert", 1)
+    if shards > 1 and (not experts or experts % shards):
+        raise ConfigError(
+            f"config.mesh.expert={shards}: the model has {experts or 'no'} experts to share out - "
+            "use mesh.fsdp or mesh.data, or a number that divides them"
+        )
     for name in ("attention", "matmul", "cross_entropy"):
         needed = _PLATFORMS.get(getattr(model, name), platform)
         if needed != platform:

@@ -283,6 +283,9 @@ class Mesh:
     stage: int = _field(1, "shards of the layers, as a pipeline", low=-1)
     data: int = _field(1, "replicas with their own rows", low=-1)
     fsdp: int = _field(-1, "shards of weights and optimizer state, with their own rows", low=-1)
+    expert: int = _field(
+        1, "shards of the experts of a mixture, with their own rows like data", low=-1
+    )
     sequence: int = _field(
         1, "shards of every row's tokens (context parallel), and of weights like fsdp", low=-1
     )
@@ -304,7 +307,7 @@ class Mesh:
 
     def axes(self) -> dict[str, int]:
         """Sizes of the mesh's axes, from the one whose neighbours talk least to the most."""
-        names = ("stage", "data", "fsdp", "sequence", "tensor")
+        names = ("stage", "data", "fsdp", "expert", "sequence", "tensor")
         return {name: getattr(self, name) for name in names}
 
 

@@ -31,13 +31,14 @@ GATHERED = ("fsdp", "sequence")
 RULES: Rules = {
     # Of activations: rows in the layers, rows before and after, tokens in attention and MLP,
     # tokens between them, key heads.
-    "batch": ("data", "fsdp"),
-    "row": ("data", "fsdp", "stage"),
+    "batch": ("data", "fsdp", "expert"),
+    "row": ("data", "fsdp", "expert", "stage"),
     "length": ("sequence",),
     "residual_length": ("sequence", "tensor"),
     "key_heads": ("tensor",),
     # Of parameters.
     "layers": ("stage",),
+    "experts": ("expert",),
     "embed": GATHERED,
     "heads": ("tensor",),
     "kv_heads": ("tensor",),

@@ -13,6 +13,7 @@ from jaxtune.sharding.rules import spec
         ((3, 32, 64), ("embed", "mlp"), (None, ("fsdp",), ("tensor",))),
         ((3, 32, 4), ("embed", None), (None, ("fsdp",), None)),
         ((8, 16), ("batch", None), (("data", "fsdp"), None)),
+        ((3, 8, 32, 64), ("experts", "embed", "mlp"), (None, None, ("fsdp",), ("tensor",))),
         ((3,), (), (None,)),
         ((), (), ()),
     ],
@@ -46,3 +47,10 @@ def test_weights_are_cut_along_the_axes_of_tokens_too_and_adapters_along_what_is
 def test_mesh_axes_of_one_device_are_left_out():
     mesh = make_mesh({"data": 8, "fsdp": 1, "tensor": 1})
     assert spec((32, 64), ("embed", "mlp"), mesh) == PartitionSpec(None, None)
+
+
+def test_experts_are_shared_out_and_bring_their_own_rows():
+    mesh = make_mesh({"fsdp": 2, "expert": 2, "tensor": 2})
+    experts = spec((8, 32, 64), ("experts", "embed", "mlp"), mesh)
+    assert experts == PartitionSpec(("expert",), ("fsdp",), ("tensor",))
+    assert spec((8, 16), ("batch", None), mesh) == PartitionSpec(("fsdp", "expert"), None)

@@ -1,0 +1,109 @@
+"""Options that contradict each other: what no run can be, whatever the model."""
+
+import re
+
+from jaxtune.errors import nearest
+from jaxtune.schema import FETCHING, QUANT_FORMATS, Quant, RunConfig
+
+
+def contradictions(config: RunConfig) -> list[str]:
+    """Combinations of fields that cannot work, whatever the model."""
+    c, problems = config, []
+    if not c.data.train:
+        problems.append("config.data.train is empty - name a training file")
+    if c.optim.warmup_steps and c.optim.warmup_ratio:
+        problems.append("config.optim: set warmup_steps or warmup_ratio, not both")
+    if c.peft.method == "full" and c.peft.adapter:
+        problems.append("config.peft.adapter needs peft.method=lora")
+    if c.peft.method == "full" and c.quant.format:
+        problems.append("config.quant.format needs an adapter: peft.method=full trains the weights")
+    problems += _bad_formats(c.quant)
+    if c.peft.method == "lora" and not c.peft.target_modules:
+        problems.append("config.peft.target_modules is empty - e.g. all-linear")
+    if c.checkpoint.resume not in ("auto", "never") and not c.checkpoint.resume.isdecimal():
+        problems.append(
+            f"config.checkpoint.resume={c.checkpoint.resume!r}: must be auto, never or a step"
+        )
+    if c.checkpoint.keep_best and not c.eval.every_steps:
+        problems.append("config.checkpoint.keep_best needs eval.every_steps")
+    if c.data.eval and c.data.eval_fraction:
+        problems.append("config.data: set eval or eval_fraction, not both")
+    if (c.eval.every_steps or c.eval.exact_match) and not (c.data.eval or c.data.eval_fraction):
+        problems.append("config.eval needs held-out rows - set data.eval or data.eval_fraction")
+    if c.train.num_steps is None and c.train.num_epochs == 0:
+        problems.append("config.train: set num_steps, or num_epochs above 0")
+    if c.model.offload_frozen and c.model.layers == "unroll":
+        problems.append("config.model.layers: offload_frozen fetches layers in a scan - use auto")
+    if c.model.offload_frozen and c.model.remat not in ("auto", *FETCHING):
+        problems.append(
+            f"config.model.remat={c.model.remat} would keep weights on the device that "
+            "model.offload_frozen brings there - choose dots or full"
+        )
+    if c.model.offload_frozen and c.mesh.sharding_stage < 3:
+        problems.append(
+            "config.model.offload_frozen would keep the whole model in host memory for each "
+            "device - set mesh.sharding_stage=3"
+        )
+    if c.optim.offload and c.optim.name == "adamw8bit":
+        problems.append(
+            "config.optim.offload: XLA for TPU cannot compute with bytes in host memory - choose "
+            "optim.name=adamw, or leave adamw8bit's small state on the device"
+        )
+    problems += _unread(c)
+    axes = c.mesh.axes()
+    problems += [f"config.mesh.{name}=0: must be -1 or >= 1" for name, n in axes.items() if n == 0]
+    if list(axes.values()).count(-1) > 1:
+        problems.append("config.mesh: only one axis may be -1")
+    return problems
+
+
+def _bad_formats(quant: Quant) -> list[str]:
+    """Items of quant.format that are no `format` or `format=pattern`."""
+    problems = []
+    for item in quant.format:
+        name, equals, pattern = item.partition("=")
+        if name not in QUANT_FORMATS:
+            known = f"must begin with one of {', '.join(QUANT_FORMATS)}"
+            problems.append(f"config.quant.format={item!r}: {known}" + nearest(name, QUANT_FORMATS))
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            problems.append(f"config.quant.format={item!r}: {error}")
+        if not equals and len(quant.format) > 1 and item != quant.format[-1]:
+            problems.append(
+                f"config.quant.format: {item!r} takes all layers, so what follows is never used"
+            )
+    block_size = quant.block_size
+    if block_size & (block_size - 1):
+        problems.append(f"config.quant.block_size={block_size}: must be a power of two")
+    return problems
+
+
+def _unread(c: RunConfig) -> list[str]:
+    """Fields that were set although another field makes sure that nobody reads them."""
+    formats = {item.partition("=")[0] for item in c.quant.format}
+    shape = ("rank", "alpha", "rslora", "target_modules", "exclude_modules", "layers_to_transform")
+    only_muon = c.optim.name == "muon" and c.peft.method == "lora"
+    rules = (
+        (c.peft.method == "full", "peft", (*shape, "dropout"), "peft.method=full has no adapters"),
+        (c.peft.method == "full", "model", ("offload_frozen",), "peft.method=full trains all"),
+        (c.peft.adapter is not None, "peft", shape, "peft.adapter brings its own"),
+        (formats <= {"int8"}, "quant", ("block_size",), "no format of quant.format has blocks"),
+        (not formats & {"nf4", "fp4"}, "quant", ("double_quant",), "only nf4 and fp4 have it"),
+        (c.data.packing, "data", ("pad_to",), "data.packing fills rows of max_seq_len"),
+        (c.data.on_bad_row == "error", "data", ("max_bad_fraction",), "needs on_bad_row=skip"),
+        (c.train.num_steps is not None, "train", ("num_epochs",), "train.num_steps decides"),
+        (c.optim.schedule == "constant", "optim", ("min_lr_ratio",), "optim.schedule is constant"),
+        (c.optim.name == "adafactor", "optim", ("b1", "b2", "eps"), "adafactor has its own"),
+        (c.optim.name == "lion", "optim", ("eps",), "lion divides by nothing"),
+        (only_muon, "optim", ("b2", "eps"), "muon keeps no second moment of matrices"),
+        (not c.eval.exact_match, "eval", ("max_rows", "max_new_tokens"), "needs eval.exact_match"),
+    )
+    problems = []
+    for applies, section, names, why in rules:
+        given, default = getattr(c, section), getattr(RunConfig(), section)
+        for name in names:
+            if applies and getattr(given, name) != getattr(default, name):
+                value = getattr(given, name)
+                problems.append(f"config.{section}.{name}={value!r} would be ignored: {why}")
+    return problems
