@@ -1,5 +1,7 @@
 """Training in several real processes: the same numbers as in one, and the same end for all."""
 
+import math
+import re
 import shutil
 import signal
 import subprocess
@@ -135,16 +137,37 @@ def test_whole_run_in_two_processes(runs: Runs) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "mesh", ["data=2 fsdp=2", "fsdp=2 tensor=2", "tensor=4", "fsdp=2 sequence=2"]
+    "mesh", ["data=2 fsdp=2", "fsdp=2 tensor=2", "tensor=4", "fsdp=2 sequence=2", "stage=3"]
 )
-def test_four_processes(runs: Runs, mesh: str) -> None:
+def test_a_mesh_across_processes(runs: Runs, mesh: str) -> None:
     sizes = {"data": 1, "fsdp": 1} | dict(part.split("=") for part in mesh.split())
+    count = math.prod(map(int, sizes.values()))
     options = [f"--config.mesh.{name}={size}" for name, size in sizes.items()]
+    options.append(f"--config.train.micro_batch_size={6 if 'stage' in sizes else 2}")
     name = mesh.replace(" ", "-")
-    runs.one(f"one-{name}", *options, devices=4)
-    runs.many(f"four-{name}", *options, processes=4).wait(0)
-    got, expected = runs.losses(f"four-{name}"), runs.losses(f"one-{name}")
+    runs.one(f"one-{name}", *options, devices=count)
+    runs.many(f"many-{name}", *options, processes=count).wait(0)
+    got, expected = runs.losses(f"many-{name}"), runs.losses(f"one-{name}")
     assert np.array(got) == pytest.approx(np.array(expected), rel=SHARDED)
+
+
+@pytest.mark.slow
+def test_all_processes_compile_the_same_program_and_find_it_again(
+    runs: Runs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """JAX's cache key is the program, the compiler's options, and the devices.
+
+    XLA names the devices of CPU processes differently in each, so there only the first one, which
+    writes the cache, finds it; the rest of the key is ours and must be alike.
+    """
+    monkeypatch.setenv("JAX_DEBUG_LOG_MODULES", "jax._src.compiler,jax._src.cache_key")
+    option = f"--config.train.compilation_cache={runs.folder / 'shared_cache'}"
+    output = runs.many("first", option, processes=2).wait(0)
+    marker = "hash of serialized computation: "
+    programs = [set(re.findall(rf"\[{n}\].*{marker}(\w+)", output)) for n in (0, 1)]
+    assert programs[0] == programs[1] and len(programs[0]) > 1
+    output = runs.many("second", option, processes=2).wait(0)
+    assert re.search(r"\[0\].* cache hit for 'jit_train_step'", output)
 
 
 @pytest.mark.slow
