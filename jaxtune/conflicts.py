@@ -91,6 +91,8 @@ def _unread(c: RunConfig) -> list[str]:
         (formats <= {"int8"}, "quant", ("block_size",), "no format of quant.format has blocks"),
         (not formats & {"nf4", "fp4"}, "quant", ("double_quant",), "only nf4 and fp4 have it"),
         (c.data.packing, "data", ("pad_to",), "data.packing fills rows of max_seq_len"),
+        (not c.data.packing, "data", ("packer", "isolated"), "needs data.packing=true"),
+        (c.data.cuts_examples, "data", ("overlong",), "data.packer=concat cuts between rows"),
         (c.data.on_bad_row == "error", "data", ("max_bad_fraction",), "needs on_bad_row=skip"),
         (c.train.num_steps is not None, "train", ("num_epochs",), "train.num_steps decides"),
         (c.optim.schedule == "constant", "optim", ("min_lr_ratio",), "optim.schedule is constant"),

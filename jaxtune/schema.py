@@ -163,8 +163,18 @@ class Data:
         None, "built-in chat template (see docs/data.md); default: the tokenizer's own"
     )
     max_seq_len: int = _field(512, "tokens in a row, at most", low=8, high=1 << 20)
-    packing: bool = _field(
-        True, "several examples in a row, isolated from each other; false: one example a row"
+    packing: bool = _field(True, "several examples in a row; false: one example a row")
+    packer: str = _field(
+        "best_fit",
+        "which examples share a row: best_fit (rows all but full), greedy (PaddleNLP's greedy zero "
+        "padding), next_fit (PaddleNLP's zero padding), concat (one after the other, cut every "
+        "max_seq_len tokens, for pretraining)",
+        choices=("best_fit", "greedy", "next_fit", "concat"),
+    )
+    isolated: bool = _field(
+        True,
+        "examples of a packed row do not see each other; false: attention and positions run "
+        "through the row",
     )
     pad_to: str = _field(
         "max",
@@ -176,6 +186,12 @@ class Data:
         "answers",
         "tokens that carry loss: the assistant's answers and their end-of-turn token, or all",
         choices=("answers", "all"),
+    )
+    loss_weights: str = _field(
+        "tokens",
+        "what counts the same in the loss: tokens (each that is trained), or examples (the trained "
+        "tokens of one share a weight of 1)",
+        choices=("tokens", "examples"),
     )
     overlong: str = _field(
         "truncate_right",
@@ -192,6 +208,11 @@ class Data:
     shuffle: bool = _field(True, "new deterministic order every epoch")
     prefetch: int = _field(2, "batches prepared ahead by a background thread", low=0, high=64)
     allow_change: bool = _field(False, "resume although the training data differ from the run's")
+
+    @property
+    def cuts_examples(self) -> bool:
+        """Whether an example may continue in the next row."""
+        return self.packing and self.packer == "concat"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -261,6 +261,8 @@ def test_to_json_is_plain_json(tmp_path: Path):
     ("override", "why"),
     [
         ("peft.method=full --config.peft.rank=4", "peft.rank=4 would be ignored"),
+        ("data.overlong=drop --config.data.packer=concat", "concat cuts between rows"),
+        ("data.packing=false --config.data.packer=greedy", "needs data.packing=true"),
         ("data.pad_to=longest", "data.packing fills rows"),
         ("data.max_bad_fraction=0.5", "on_bad_row=skip"),
         ("eval.max_new_tokens=9", "eval.exact_match"),

@@ -11,7 +11,7 @@ import pytest
 from jaxtune import build, objectives, optim
 from jaxtune.checkpoint.source import open_checkpoint
 from jaxtune.data import TokenBatch, TokenRow
-from jaxtune.data.packing import stack_rows
+from jaxtune.data.packing import PACKERS, stack_rows
 from jaxtune.schema import Data, Model, Peft, RunConfig
 from jaxtune.sharding.mesh import make_mesh
 from jaxtune.step import TrainState, make_eval_step, make_train_step
@@ -112,16 +112,26 @@ def test_accumulated_micro_batches_are_one_batch(lora: Trainee, batch: TokenBatc
     assert_same(lora.after(parts), whole, tolerances.GRADIENTS)
 
 
-def test_packed_rows_are_padded_rows(lora: Trainee):
+@pytest.mark.parametrize("packer", PACKERS)
+def test_packed_rows_are_padded_rows(lora: Trainee, packer: str):
     random = np.random.default_rng(1)
-    lengths = (9, 15, 11, 5, 8, 24, 20, 3)
+    lengths = np.array([9, 16, 11, 5, 8, 20])
     rows = [
         TokenRow(random.integers(0, 259, n).astype(np.int32), np.arange(n) > 2) for n in lengths
     ]
-    padded = stack_rows([[row] for row in rows], 24)
-    packed = stack_rows([rows[:2], rows[2:5], [rows[5]], rows[6:], [], [], [], []], 24)
-    padded, packed = (jax.tree.map(lambda leaf: leaf[None], b) for b in (padded, packed))
-    assert_same(lora.after(packed), lora.after(padded), tolerances.GRADIENTS)
+    plan = PACKERS[packer](lengths, range(6), 24)
+    packed = [
+        [
+            TokenRow(rows[i].tokens[start:stop], rows[i].trained[start:stop])
+            for i, start, stop in row
+        ]
+        for row in map(plan.row, range(len(plan)))
+    ]
+    padded = [[piece] for row in packed for piece in row]
+    assert len(packed) < len(padded) <= 8
+    batches = [stack_rows(some + [[]] * (8 - len(some)), 24) for some in (packed, padded)]
+    got, expected = (lora.after(jax.tree.map(lambda leaf: leaf[None], b)) for b in batches)
+    assert_same(got, expected, tolerances.GRADIENTS)
 
 
 def test_metrics(lora: Trainee, batch: TokenBatch):

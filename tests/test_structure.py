@@ -68,6 +68,7 @@ def test_every_family_has_a_row_and_the_four_parts():
     ("table", "option"),
     [
         ("jaxtune.data.formats:FORMATS", ("data", "format")),
+        ("jaxtune.data.packing:PACKERS", ("data", "packer")),
         ("jaxtune.ops.attention:IMPLEMENTATIONS", ("model", "attention")),
         ("jaxtune.objectives:OBJECTIVES", ("objective", "name")),
         ("jaxtune.optim:OPTIMIZERS", ("optim", "name")),

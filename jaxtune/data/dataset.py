@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 COUNTED = ("truncated", "dropped", "untrained", "split", "unended")  # fields of Stats
 BATCH = 512  # examples tokenized together
 # The options that change what a row of the training data is; a change of one is a change of data.
-ROW_OPTIONS = ("format", "max_seq_len", "packing", "train_on", "overlong", "shuffle")
+ROW_OPTIONS = (
+    *("format", "max_seq_len", "packing", "packer", "isolated", "loss_weights", "train_on"),
+    *("overlong", "shuffle"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,7 +219,7 @@ def _tokenized(
 def _fit(row: TokenRow, cfg: Data, counts: dict[str, int]) -> TokenRow | None:
     """Applies `overlong` to one row; None where the row is dropped."""
     limit = cfg.max_seq_len
-    if len(row.tokens) <= limit:
+    if len(row.tokens) <= limit or cfg.cuts_examples:
         return row
     if cfg.overlong in ("drop", "error"):
         counts["dropped"] += 1

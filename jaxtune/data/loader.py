@@ -18,15 +18,14 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
-from jaxtune.data.batch import TokenBatch
+from jaxtune.data.batch import TokenBatch, TokenRow
 from jaxtune.data.dataset import Dataset
-from jaxtune.data.packing import pack, stack_rows
+from jaxtune.data.packing import PACKERS, Plan, stack_rows, unpacked
 from jaxtune.errors import DataError
 from jaxtune.schema import Data
 
 T = TypeVar("T")
 Position = dict[str, Any]
-Plan = list[list[int]]  # for each row of an epoch, the indices of its examples
 LENGTH_STEP = 64  # pad_to=longest rounds up to a multiple, to compile for few lengths
 
 
@@ -49,7 +48,7 @@ class Loader:
     accumulation: int
     seed: int
     held: tuple[int, ...]
-    _plan: tuple[int, Plan] = field(default=(-1, []), repr=False)
+    _plan: tuple[int, Plan] | None = field(default=None, repr=False)
 
     def num_steps(self, num_epochs: float) -> int:
         """Optimizer steps of so many epochs (the part of an epoch is rounded up)."""
@@ -78,7 +77,7 @@ class Loader:
         """Yields batches [held rows, T] of every row once, in the order of the first epoch."""
         plan = self._plan_of(0)
         for first in range(0, len(plan), self.rows):
-            batch = self._build(plan[first : first + self.rows], 1)
+            batch = self._build(plan, first, 1)
             yield jax.tree.map(lambda x: x[0], batch)
 
     def _checked(self, position: Position) -> Position:
@@ -101,16 +100,14 @@ class Loader:
         while True:
             plan = self._plan_of(epoch)
             while first < len(plan):
-                batch = self._build(plan[first : first + count], self.accumulation)
+                batch = self._build(plan, first, self.accumulation)
                 first += count
                 done = first >= len(plan)
                 yield batch, self._position(epoch + 1 if done else epoch, 0 if done else first)
             epoch, first = epoch + 1, 0
 
     def _position(self, epoch: int, row: int) -> Position:
-        seen = epoch * len(self.dataset.rows)
-        if row:
-            seen += sum(len(members) for members in self._plan_of(epoch)[:row])
+        seen = epoch * len(self.dataset.rows) + (self._plan_of(epoch).seen(row) if row else 0)
         return {
             "fingerprint": self.dataset.fingerprint,
             "seed": self.seed,
@@ -124,33 +121,46 @@ class Loader:
 
     def _plan_of(self, epoch: int) -> Plan:
         """The rows of an epoch; the last plan is kept, since it is asked for again and again."""
-        known, plan = self._plan
-        if known != epoch:
-            plan = self._make_plan(epoch)
-            self._plan = (epoch, plan)
-        return plan
+        if self._plan is None or self._plan[0] != epoch:
+            self._plan = (epoch, self._make_plan(epoch))
+        return self._plan[1]
 
     def _make_plan(self, epoch: int) -> Plan:
-        count = len(self.dataset.rows)
-        order = list(range(count))
+        lengths = np.array([len(row.tokens) for row in self.dataset.rows], np.int64)
+        order = list(range(len(lengths)))
         if self.cfg.shuffle:
-            order = np.random.default_rng([self.seed, epoch]).permutation(count).tolist()
+            order = np.random.default_rng([self.seed, epoch]).permutation(len(order)).tolist()
         if not self.cfg.packing:
-            return [[index] for index in order]
-        lengths = [len(row.tokens) for row in self.dataset.rows]
-        return pack(lengths, order, self.cfg.max_seq_len)
+            return unpacked(lengths, order)
+        return PACKERS[self.cfg.packer](lengths, order, self.cfg.max_seq_len)
 
-    def _build(self, members: Plan, accumulation: int) -> TokenBatch:
-        """The arrays [A, held rows, T] of this process's share of up to A * B rows."""
-        examples = [[self.dataset.rows[i] for i in row] for row in members]
+    def _build(self, plan: Plan, first: int, accumulation: int) -> TokenBatch:
+        """The arrays [A, held rows, T] of this process's share of A * B rows of the plan."""
         length = self.cfg.max_seq_len
+        count = accumulation * self.rows
         if not self.cfg.packing and self.cfg.pad_to == "longest":
-            longest = max(len(row[0].tokens) for row in examples)
-            length = min(length, math.ceil(longest / LENGTH_STEP) * LENGTH_STEP)
-        examples += [[]] * (accumulation * self.rows - len(examples))
-        own = [examples[a * self.rows + row] for a in range(accumulation) for row in self.held]
-        batch = stack_rows(own, length)
+            stops = plan.pieces[first : first + count, 2]  # a row holds one example
+            length = min(length, math.ceil(int(stops.max()) / LENGTH_STEP) * LENGTH_STEP)
+        own = [
+            self._row(plan, first + a * self.rows + row)
+            for a in range(accumulation)
+            for row in self.held
+        ]
+        batch = stack_rows(own, length, self.cfg.loss_weights)
         return jax.tree.map(lambda x: x.reshape(accumulation, len(self.held), length), batch)
+
+    def _row(self, plan: Plan, index: int) -> list[TokenRow]:
+        """The examples of a row, as one if they are not isolated; none behind the epoch's end."""
+        if index >= len(plan):
+            return []
+        rows = self.dataset.rows
+        cut = [
+            TokenRow(rows[i].tokens[start:stop], rows[i].trained[start:stop])
+            for i, start, stop in plan.row(index)
+        ]
+        if self.cfg.isolated:
+            return cut
+        return [TokenRow(*(np.concatenate(parts) for parts in zip(*cut, strict=True)))]
 
 
 def make_loader(

@@ -13,6 +13,7 @@ from jaxtune.errors import DataError
 from jaxtune.schema import Data
 
 PACKED = Data(max_seq_len=64, packing=True)
+CONCAT = Data(max_seq_len=64, packer="concat")
 PADDED = Data(max_seq_len=64, packing=False)
 
 
@@ -84,7 +85,7 @@ def test_order_follows_seed_and_shuffle():
     assert first(0, shuffle=False) == [1000 * i for i in range(8)]
 
 
-@pytest.mark.parametrize("cfg", [PACKED, PADDED], ids=["packed", "padded"])
+@pytest.mark.parametrize("cfg", [PACKED, CONCAT, PADDED], ids=["packed", "concat", "padded"])
 @pytest.mark.parametrize("prefetch", [0, 2])
 def test_resume_at_every_step_is_exact(cfg, prefetch):
     cfg = dataclasses.replace(cfg, prefetch=prefetch)
