@@ -1,6 +1,6 @@
 """Which examples share a row, and the arrays of a batch of such rows.
 
-A packer looks at lengths only and gives a `Plan`, the rows of a whole epoch. `PACKERS` is the table:
+A packer looks at lengths only and gives a `Plan`, the rows of a whole epoch. `PACKERS`:
 
 * best_fit: the oldest waiting example opens a row; then, going through those that wait behind it,
   the set of sums that some of them reach is kept as the bits of an integer, until a sum fills the
