@@ -45,6 +45,17 @@ def test_tpu_pod_needs_a_name(tmp_path: Path):
     assert code != 0 and not call
 
 
+def test_xpk_restarts_what_can_be_resumed(tmp_path: Path):
+    tool(tmp_path, "xpk")
+    named = {"CLUSTER": "c", "NAME": "first", "DEVICES": "v5litepod-16", "IMAGE": "me/jaxtune"}
+    code, call = run("xpk.sh", tmp_path, "--config=a b.py", **named)
+    assert code == 0 and call[:3] == ["xpk", "workload", "create"]
+    assert "--device-type=v5litepod-16" in call and "--restart-on-exit-codes=70,71,75" in call
+    assert call[-1] == "--command=python -m jaxtune.train --config=a\\ b.py"
+    code, again = run("xpk.sh", tmp_path, **named | {"IMAGE": ""})
+    assert code != 0 and again == call
+
+
 @pytest.mark.parametrize(("code", "requeued"), [(0, False), (3, False), (75, True)])
 def test_slurm_job_goes_back_to_the_queue_after_a_saved_stop(
     tmp_path: Path, code: int, requeued: bool
