@@ -52,8 +52,7 @@ class Run:
         skeleton: the model without arrays.
         stacks: sizes of the model's stacks of layers.
         trainable, frozen: ShapeDtypeStructs with shardings, by name.
-        adapter: knobs of the adapter method; None for full fine-tuning.
-        choice: the adapted layers.
+        adapters: what is attached to the model, if anything is.
         imported: the adapter from which training continues, if any.
         objective: what is minimised.
     """
@@ -68,8 +67,7 @@ class Run:
     stacks: tuple[int, ...]
     trainable: Params
     frozen: Params
-    adapter: Any
-    choice: peft.Choice
+    adapters: peft.Adapters | None
     imported: Adapter | None
     objective: Objective
 
@@ -112,11 +110,15 @@ class Run:
 
 
 def _is_matrix(name: str) -> bool:
-    return name.endswith((".kernel", ".adapter.a", ".adapter.b"))
+    return name.endswith(".kernel") or ".adapter." in name
 
 
 def _is_layer_matrix(name: str) -> bool:
     return name.startswith("layers.") and name.endswith(".kernel")
+
+
+def _as_float32(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=leaf.sharding)
 
 
 def _on_host(name: str, leaf: Any) -> jax.ShapeDtypeStruct:
@@ -134,8 +136,11 @@ def describe(config: RunConfig, mesh: Mesh, checkpoint: Checkpoint) -> Run:
 
     Raises:
         WeightError: the checkpoint's config.json is of no known family, or the adapter does not
-        fit. ConfigError: adapter targets match nothing, or nothing can be offloaded here.
+        fit. ConfigError: options that the method does not read, adapter targets that match
+        nothing, or nothing can be offloaded here.
     """
+    if problems := peft.unread(config.peft):
+        raise ConfigError("; ".join(problems))
     if config.optim.offload:
         require_host_memory(mesh, "optim.offload")
     family, model_config = models.read_config(checkpoint.config, checkpoint.name)
@@ -152,18 +157,13 @@ def describe(config: RunConfig, mesh: Mesh, checkpoint: Checkpoint) -> Run:
 
     kernels = _quantized_kernels(config, checkpoint, family, tree.describe(build_dense), stacks)
 
-    imported = None
-    if config.peft.adapter:
-        folder, base = Path(config.peft.adapter), tree.describe(build_base).abstract()
-        imported = load_adapter(folder, base, family.WEIGHTS, stacks, base=checkpoint.name)
-    adapter = None if config.peft.method == "full" else _adapter_config(config.peft, imported)
-    choice: dict[str, tuple[bool, ...]] = {}
+    base = tree.describe(build_base)
+    imported, adapters = _adapters(config.peft, base, checkpoint, family, stacks)
 
     def build() -> nnx.Module:
         model = build_base()
-        if adapter is not None:
-            choice.update(imported.choice if imported else _choose(model, config.peft))
-            peft.attach(model, config.peft.method, adapter, choice)
+        if adapters is not None:
+            peft.attach(model, adapters)
         return model
 
     skeleton = tree.describe(build)
@@ -175,7 +175,12 @@ def describe(config: RunConfig, mesh: Mesh, checkpoint: Checkpoint) -> Run:
     )
     if policy.chunks > 1:
         _require_equal_chunks(shapes, policy.chunks)
-    learning = set(shapes) if adapter is None else skeleton.select(AdapterParam)
+    learning = skeleton.select(AdapterParam) | peft.trained(base.variables, config.peft)
+    if coded := sorted(name for name in learning if isinstance(shapes[name], QArray)):
+        raise ConfigError(
+            f"config.peft.method={config.peft.method} cannot train the quantized {coded[0]} - "
+            "use peft.method=lora, or dense weights"
+        )
     frozen = {name: leaf for name, leaf in shapes.items() if name not in learning}
     if policy.offload_frozen:
         frozen |= {name: _on_host(name, frozen[name]) for name in frozen if _is_layer_matrix(name)}
@@ -188,10 +193,9 @@ def describe(config: RunConfig, mesh: Mesh, checkpoint: Checkpoint) -> Run:
         policy=policy,
         skeleton=skeleton,
         stacks=stacks,
-        trainable={name: leaf for name, leaf in shapes.items() if name in learning},
+        trainable={name: _as_float32(shapes[name]) for name in shapes if name in learning},
         frozen=frozen,
-        adapter=adapter,
-        choice=choice,
+        adapters=adapters,
         imported=imported,
         objective=functools.partial(
             objectives.OBJECTIVES[config.objective.name],
@@ -238,11 +242,6 @@ def _quantized_kernels(
             f"config.quant.format={','.join(config.quant.format)}: {checkpoint.name} is quantized "
             "already - leave quant.format empty, or take the dense model"
         )
-    if kernels and config.peft.method == "full":
-        raise ConfigError(
-            f"config.peft.method=full cannot train the quantized weights of {checkpoint.name} - "
-            "use peft.method=lora, or take the dense model"
-        )
     kernels |= quantized.choose(
         dense.model(shapes),
         config.quant.format,
@@ -256,21 +255,27 @@ def _quantized_kernels(
     return kernels
 
 
-def _adapter_config(config: Peft, imported: Adapter | None) -> Any:
-    if imported is not None:
-        return dataclasses.replace(imported.config, dropout=config.dropout)
-    return peft.METHODS[config.method].Config(
-        rank=config.rank, alpha=config.alpha, rslora=config.rslora, dropout=config.dropout
-    )
-
-
-def _choose(model: nnx.Module, config: Peft) -> peft.Choice:
-    targets = peft.Targets(
-        include=config.target_modules,
-        exclude=config.exclude_modules,
-        layers=config.layers_to_transform,
-    )
-    return peft.choose(model, targets)
+def _adapters(
+    config: Peft,
+    base: Skeleton,
+    checkpoint: Checkpoint,
+    family: ModuleType,
+    stacks: tuple[int, ...],
+) -> tuple[Adapter | None, peft.Adapters | None]:
+    """The adapter from which training continues, and what is attached to the base."""
+    if not peft.is_adapter(config.method):
+        return None, None
+    shapes = base.abstract()
+    if config.adapter is None:
+        return None, peft.choose_adapters(base.model(shapes), config)
+    folder = Path(config.adapter)
+    imported = load_adapter(folder, shapes, family.WEIGHTS, stacks, base=checkpoint.name)
+    if imported.adapters.method != config.method:
+        raise ConfigError(
+            f"config.peft.adapter={folder} holds a {imported.adapters.method} adapter - set "
+            f"peft.method={imported.adapters.method}"
+        )
+    return imported, peft.continued(imported.adapters, config)
 
 
 def trained_axes(run: Run) -> dict[str, rules.Axes]:
@@ -352,10 +357,10 @@ def fill_adapter(run: Run) -> Params:
 
 
 def _initial(run: Run, name: str, shape: tuple[int, ...]) -> np.ndarray:
-    if run.imported is not None:
+    assert run.adapters is not None
+    if run.imported is not None and name in run.imported.params:
         return run.imported.params[name]
-    method, seed = run.config.peft.method, run.config.train.seed
-    return peft.initial_value(name, shape, method, run.adapter, run.choice, run.stacks, seed)
+    return peft.initial_value(name, shape, run.adapters, run.stacks, run.config.train.seed)
 
 
 def initial_state(run: Run, tx: optax.GradientTransformation, values: Params) -> TrainState:

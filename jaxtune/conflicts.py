@@ -13,12 +13,10 @@ def contradictions(config: RunConfig) -> list[str]:
         problems.append("config.data.train is empty - name a training file")
     if c.optim.warmup_steps and c.optim.warmup_ratio:
         problems.append("config.optim: set warmup_steps or warmup_ratio, not both")
-    if c.peft.method == "full" and c.peft.adapter:
-        problems.append("config.peft.adapter needs peft.method=lora")
     if c.peft.method == "full" and c.quant.format:
         problems.append("config.quant.format needs an adapter: peft.method=full trains the weights")
     problems += _bad_formats(c.quant)
-    if c.peft.method == "lora" and not c.peft.target_modules:
+    if not c.peft.target_modules:
         problems.append("config.peft.target_modules is empty - e.g. all-linear")
     if c.checkpoint.resume not in ("auto", "never") and not c.checkpoint.resume.isdecimal():
         problems.append(
@@ -82,12 +80,9 @@ def _bad_formats(quant: Quant) -> list[str]:
 def _unread(c: RunConfig) -> list[str]:
     """Fields that were set although another field makes sure that nobody reads them."""
     formats = {item.partition("=")[0] for item in c.quant.format}
-    shape = ("rank", "alpha", "rslora", "target_modules", "exclude_modules", "layers_to_transform")
     only_muon = c.optim.name == "muon" and c.peft.method == "lora"
     rules = (
-        (c.peft.method == "full", "peft", (*shape, "dropout"), "peft.method=full has no adapters"),
         (c.peft.method == "full", "model", ("offload_frozen",), "peft.method=full trains all"),
-        (c.peft.adapter is not None, "peft", shape, "peft.adapter brings its own"),
         (formats <= {"int8"}, "quant", ("block_size",), "no format of quant.format has blocks"),
         (not formats & {"nf4", "fp4"}, "quant", ("double_quant",), "only nf4 and fp4 have it"),
         (c.data.packing, "data", ("pad_to",), "data.packing fills rows of max_seq_len"),

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 import jax
 
-from jaxtune import build, config, data, optim
+from jaxtune import build, config, data, optim, peft
 from jaxtune.checkpoint.meta import OtherArrays
 from jaxtune.checkpoint.quantized_save import FORMATS
 from jaxtune.checkpoint.safetensors import shard_bytes
@@ -63,8 +63,10 @@ def export(
     """
     size = shard_bytes(max_shard_gb)
     cfg = _read_config(run_folder)
-    if cfg.peft.method == "full" and to != "merged":
-        raise ConfigError(f"{run_folder} trained the whole model - use --to=merged")
+    if not peft.is_adapter(cfg.peft.method) and to != "merged":
+        raise ConfigError(
+            f"{run_folder} has no adapter: peft.method={cfg.peft.method} - use --to=merged"
+        )
     if quantize is not None and to == "adapter":
         raise ConfigError(f"--quantize={quantize} is for merged models - use --to=merged")
     run, params = _restore(cfg, run_folder / "checkpoints", step)

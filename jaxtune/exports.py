@@ -10,12 +10,13 @@ from jaxtune.tree import Params
 
 
 def write_adapter(run: Run, params: Params, folder: Path) -> None:
-    """Writes the adapter as a PEFT folder."""
+    """Writes the adapter of a run that has one as a PEFT folder."""
+    assert run.adapters is not None
     save_adapter(
         folder,
         params,
-        run.choice,
-        run.adapter,
+        run.adapters,
+        run.skeleton.abstract(),
         run.family.WEIGHTS,
         run.stacks,
         base=run.checkpoint.name,
@@ -49,6 +50,7 @@ def write_merged(
         run.checkpoint,
         run.family.WEIGHTS,
         run.stacks,
+        adapters=run.adapters,
         tokenizer=tokenizer,
         dtype=dtype,
         quantize=quantize,
@@ -59,10 +61,10 @@ def write_merged(
 def write_results(run: Run, params: Params, tokenizer: Any, folder: Path) -> dict[str, Path]:
     """Writes what the config asks for at the end of a run; returns the folders by name."""
     asked, paths = run.config.checkpoint, {}
-    if run.adapter is not None and asked.export_adapter:
+    if run.adapters is not None and asked.export_adapter:
         paths["adapter"] = folder / "adapter"
         write_adapter(run, params, paths["adapter"])
-    if run.adapter is None or asked.export_merged:
+    if run.adapters is None or asked.export_merged:
         paths["merged"] = folder / "merged"
         write_merged(run, params, tokenizer, paths["merged"])
     return paths

@@ -32,7 +32,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--model", required=True, help="folder, .gguf file, hub id, package:<name>, tiny:<family>")
-    add("--adapter", help="PEFT LoRA folder for the model")
+    add("--adapter", help="PEFT folder for the model")
     add("--tokenizer", help="folder, .gguf file or hub id; default: the model's own")
     add("--template", help="built-in chat template; default: the tokenizer's own")
     add("--dtype", choices=DTYPES, help="default: float32 on CPU, else bfloat16")

@@ -194,7 +194,7 @@ def _fill(run: build.Run, tx: Any, store: Store) -> tuple[TrainState, Params, in
         wanted = None if resume == "auto" else int(resume)
         restored = store.restore(wanted, build.abstract_state(run, tx))
     values = build.fill_adapter(run)
-    if restored is None or run.adapter is not None:
+    if restored is None or run.adapters is not None:
         values |= build.fill_base(run, every_few_seconds("loading weights"))
     frozen = {name: values[name] for name in run.frozen}
     if restored is None:

@@ -14,7 +14,8 @@ from jaxtune.checkpoint.hf import load_weights, quantized_kernels
 from jaxtune.checkpoint.tensors import Checkpoint, TensorInfo
 from jaxtune.nn import quantized
 from jaxtune.nn.params import AdapterParam, Policy
-from jaxtune.peft import Choice, Targets, lora
+from jaxtune.peft import Adapters
+from jaxtune.schema import Peft
 
 SIZES = {
     "vocab_size": 97,
@@ -96,22 +97,22 @@ def load(checkpoint: Checkpoint, **policy: Any) -> Loaded:
 
 
 class Adapted(NamedTuple):
-    """A model with LoRA adapters."""
+    """A model with adapters."""
 
     skeleton: tree.Skeleton
     trainable: tree.Params
     frozen: tree.Params
-    choice: Choice
+    adapters: Adapters
 
 
-def adapt(loaded: Loaded, targets: Targets, config: lora.Config, *, b_std: float = 0.1) -> Adapted:
-    """Puts adapters on a model: A as the method starts it, B normal (of unchosen layers too)."""
+def adapt(loaded: Loaded, peft_options: Peft, *, b_std: float = 0.1) -> Adapted:
+    """Puts LoRA on a model: A as the method starts it, B normal (of unchosen layers too)."""
     abstract = loaded.skeleton.abstract()
-    choice = peft.choose(loaded.skeleton.model(abstract), targets)
+    adapters = peft.choose_adapters(loaded.skeleton.model(abstract), peft_options)
 
     def build() -> nnx.Module:
         model = loaded.skeleton.model(abstract)
-        peft.attach(model, "lora", config, choice)
+        peft.attach(model, adapters)
         return model
 
     skeleton = tree.describe(build)
@@ -119,14 +120,14 @@ def adapt(loaded: Loaded, targets: Targets, config: lora.Config, *, b_std: float
     random = np.random.default_rng(5)
     for name in sorted(set(skeleton.variables) - set(params)):
         shape = skeleton.abstract()[name].shape
-        value = peft.initial_value(name, shape, "lora", config, choice, loaded.stacks, 0)
+        value = peft.initial_value(name, shape, adapters, loaded.stacks, seed=0)
         if name.endswith(".b"):
             value = random.normal(0, b_std, shape).astype(np.float32)
         params[name] = jnp.asarray(value)
     learning = skeleton.select(AdapterParam)
     trainable = {name: array for name, array in params.items() if name in learning}
     frozen = {name: array for name, array in params.items() if name not in learning}
-    return Adapted(skeleton, trainable, frozen, choice)
+    return Adapted(skeleton, trainable, frozen, adapters)
 
 
 def logits(

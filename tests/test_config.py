@@ -103,7 +103,6 @@ def test_wrong_overrides(tmp_path: Path, option: str, message: str):
     [
         (["data.train="], "config.data.train is empty"),
         (["optim.warmup_steps=2", "optim.warmup_ratio=0.1"], "not both"),
-        (["peft.method=full", "peft.adapter=folder"], "needs peft.method=lora"),
         (["peft.target_modules="], "config.peft.target_modules is empty"),
         (["checkpoint.resume=newest"], "must be auto, never or a step"),
         (["checkpoint.keep_best=1"], "needs eval.every_steps"),
@@ -260,14 +259,12 @@ def test_to_json_is_plain_json(tmp_path: Path):
 @pytest.mark.parametrize(
     ("override", "why"),
     [
-        ("peft.method=full --config.peft.rank=4", "peft.rank=4 would be ignored"),
         ("data.overlong=drop --config.data.packer=concat", "concat cuts between rows"),
         ("data.packing=false --config.data.packer=greedy", "needs data.packing=true"),
         ("data.pad_to=longest", "data.packing fills rows"),
         ("data.max_bad_fraction=0.5", "on_bad_row=skip"),
         ("eval.max_new_tokens=9", "eval.exact_match"),
         ("optim.schedule=constant --config.optim.min_lr_ratio=0.1", "is constant"),
-        ("peft.adapter=x --config.peft.alpha=3", "brings its own"),
     ],
 )
 def test_options_that_nobody_would_read_are_refused(tmp_path: Path, override: str, why: str):

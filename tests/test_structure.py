@@ -82,9 +82,9 @@ def test_options_offer_the_rows_of_their_table(table: str, option: tuple[str, st
 def test_every_adapter_method_has_a_row():
     from jaxtune import peft
 
-    files = {path.stem for path in (PACKAGE / "peft").glob("*.py")} - {"__init__", "base", "init"}
-    assert set(peft.METHODS) == files
-    assert choices("peft", "method") == files | {"full"}
+    files = {path.stem for path in (PACKAGE / "peft").glob("*.py")}
+    files -= {"__init__", "base", "targets"}
+    assert set(peft.METHODS) == files == choices("peft", "method")
 
 
 def test_readme_names_what_exists():

@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxtune import process, quant
 from jaxtune.checkpoint.folder import replace_folder
-from jaxtune.checkpoint.hf import Place, is_surplus, places
+from jaxtune.checkpoint.hf import Place, is_surplus, places, split_path
 from jaxtune.checkpoint.manifest import write_synced
 from jaxtune.checkpoint.quantized_save import quantization_config, quantized_tensors
 from jaxtune.checkpoint.safetensors import read_along, write_folder
@@ -19,7 +19,7 @@ from jaxtune.checkpoint.tensors import Checkpoint, TensorInfo, dtype_from_name
 from jaxtune.distributed import to_host
 from jaxtune.errors import WeightError
 from jaxtune.models.base import Weight
-from jaxtune.peft import lora
+from jaxtune.peft import METHODS, Adapters
 from jaxtune.quant import QArray
 
 
@@ -37,11 +37,11 @@ def save_model(
     weights: Sequence[Weight],
     stacks: Sequence[int],
     *,
+    adapters: Adapters | None = None,
     tokenizer: Tokenizer | None = None,
     dtype: str | None = None,
     quantize: str | None = None,
     max_shard_bytes: int = 5_000_000_000,
-    record: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes a Hugging Face model folder; it appears under its name only when complete.
 
@@ -49,25 +49,24 @@ def save_model(
 
     Args:
         folder: a new folder, or an earlier export, which is replaced.
-        params: our path -> array. LoRA adapters among them are merged, in float32; quantized
-            kernels are decoded; base parameters that are not among them are copied from
-            `checkpoint`, unrounded by any dtype in between.
+        params: our path -> array. Quantized kernels among them are decoded; base parameters that
+            are not among them are copied from `checkpoint`, unrounded by any dtype in between.
         checkpoint: what was fine-tuned: its config, generation config and dtypes are taken over.
         weights: the family's table.
         stacks: number of layers in each stack.
+        adapters: what is attached to the base; it is merged, in float32.
         tokenizer: saved with the model.
         dtype: dtype of all tensors; None: that of each tensor in `checkpoint`.
         quantize: format of `quantized_save.FORMATS` in which bitsandbytes is to load the layers'
             matrices; None: they stay dense.
         max_shard_bytes: size at which a new file is begun.
-        record: what else to note in the folder's jaxtune_export.json.
 
     Raises:
         WeightError: values overflow `dtype`, or files read back differ from what was written.
         StorageError: the folder cannot be written.
         ConfigError: the folder holds other files, or lies inside the source.
     """
-    targets = places(weights, _changed(params), stacks)
+    targets = places(weights, _changed(params, adapters, checkpoint, weights, stacks), stacks)
     tensors = {
         name: TensorInfo(info.shape, dtype_from_name(dtype) if dtype else info.dtype)
         for name, info in checkpoint.tensors.items()
@@ -79,7 +78,7 @@ def save_model(
         if name not in targets:
             return _narrow(name, checkpoint.read(name), tensors[name].dtype)
         place = targets[name]
-        array = _merged(params, place, checkpoint, name)
+        array = _merged(params, adapters, place, checkpoint, name)
         return place.change.to_hf(_narrow(name, array, tensors[name].dtype))
 
     config, stored, read_stored = _config(checkpoint, dtype), tensors, read
@@ -90,7 +89,7 @@ def save_model(
         stored, read_stored = quantized_tensors(tensors, read, names, quantize)
     if not process.is_first():
         return read_along(stored, read_stored, max_shard_bytes=max_shard_bytes)
-    note = {"kind": "model", "base": checkpoint.name, **(record or {})}
+    note = {"kind": "model", "base": checkpoint.name}
     with replace_folder(folder, note, source=checkpoint.root) as temporary:
         write_folder(temporary, stored, read_stored, max_shard_bytes=max_shard_bytes)
         if tokenizer is not None:
@@ -106,21 +105,37 @@ def _matrices(weights: Sequence[Weight], num_layers: int) -> set[str]:
     return {row.hf.format(layer) for row in rows for layer in range(num_layers)}
 
 
-def _changed(params: Mapping[str, Any]) -> dict[str, Any]:
+def _changed(
+    params: Mapping[str, Any],
+    adapters: Adapters | None,
+    checkpoint: Checkpoint,
+    weights: Sequence[Weight],
+    stacks: Sequence[int],
+) -> dict[str, Any]:
     """The base parameters that training changed: path -> anything with `.shape`."""
     changed = {path: leaf for path, leaf in params.items() if ".adapter." not in path}
-    for path, a in params.items():
-        if path.endswith(".adapter.a"):
-            module = path.removesuffix(".adapter.a")
-            shape = (*a.shape[:-1], params[f"{module}.adapter.b"].shape[-1])
-            changed.setdefault(f"{module}.kernel", jax.ShapeDtypeStruct(shape, a.dtype))
+    rows = {row.ours: row for row in weights}
+    for path in adapters.choice if adapters is not None else ():
+        stack, module = split_path(path)
+        lead = () if stack is None else (stacks[stack],)
+        for leaf in ("kernel", "bias"):
+            row = rows.get(f"{module}.{leaf}")
+            info = row and checkpoint.tensors.get(row.hf.format(sum(stacks[: stack or 0])))
+            if row and info:
+                shape = row.change.to_ours(np.broadcast_to(np.uint8(0), info.shape)).shape
+                like = jax.ShapeDtypeStruct((*lead, *shape), info.dtype)
+                changed.setdefault(f"{path}.{leaf}", like)
     return changed
 
 
 def _merged(
-    params: Mapping[str, Any], place: Place, checkpoint: Checkpoint, name: str
+    params: Mapping[str, Any],
+    adapters: Adapters | None,
+    place: Place,
+    checkpoint: Checkpoint,
+    name: str,
 ) -> np.ndarray:
-    """One layer's array on the host, its adapter's product added if it has one."""
+    """One layer's array on the host, its adapter merged if it has one."""
 
     def host(path: str) -> np.ndarray:
         value = params[path]
@@ -132,13 +147,15 @@ def _merged(
 
     in_params = place.path in params
     array = host(place.path) if in_params else place.change.to_ours(checkpoint.read(name))
-    slot = place.path.removesuffix("kernel") + "adapter."
-    if not place.path.endswith(".kernel") or slot + "a" not in params:
+    module, _, leaf = place.path.rpartition(".")
+    if adapters is None or module not in adapters.choice:
         return array
-    scale = float(host(slot + "scale"))
-    if scale == 0.0:  # a layer of the stack that is not adapted
+    config = adapters.choice[module][place.index or 0]
+    if config is None:  # a layer of the stack that is not adapted
         return array
-    return array.astype(np.float32) + lora.delta(host(slot + "a"), host(slot + "b"), scale)
+    slot = f"{module}.adapter."
+    values = {path.removeprefix(slot): host(path) for path in params if path.startswith(slot)}
+    return METHODS[adapters.method].merge(leaf, array.astype(np.float32), values, config)
 
 
 def _narrow(name: str, array: np.ndarray, dtype: np.dtype) -> np.ndarray:

@@ -1,6 +1,5 @@
 """A model on disk, opened for use: `load` describes it, fills it, and returns a `Session`."""
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -178,7 +177,7 @@ def load(
     Args:
         path: Hugging Face folder (an exported model, say), .gguf file, hub id,
             package:<pip package> or tiny:<family>.
-        adapter: PEFT LoRA folder for that model.
+        adapter: PEFT folder for that model.
         dtype: "float32" or "bfloat16", of weights and computation; None: float32 on CPU, else
             bfloat16.
         mesh: devices over which the model is spread (`sharding.mesh.make_mesh`); None: the first.
@@ -211,8 +210,7 @@ def _open(
         model = family.build(config, policy, nnx.Rngs(0))
         quantized.put(model, kernels)
         if adapter is not None:
-            no_dropout = dataclasses.replace(adapter.config, dropout=0.0)
-            peft.attach(model, "lora", no_dropout, adapter.choice)
+            peft.attach(model, adapter.adapters)
         return model
 
     kernels: quantized.Kernels = {}
@@ -229,7 +227,10 @@ def _open(
     skeleton = tree.describe(lambda: build(adapter))
     for name, leaf in rules.placed(skeleton, mesh).items():
         if name not in params:
-            params[name] = to_device(adapter.params[name], leaf.sharding)
+            value = adapter.params.get(name)
+            if value is None:
+                value = peft.initial_value(name, leaf.shape, adapter.adapters, stacks, seed=0)
+            params[name] = to_device(value, leaf.sharding)
     return skeleton, params
 
 

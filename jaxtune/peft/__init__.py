@@ -1,112 +1,126 @@
-"""Which layers get an adapter, and the table of methods.
+"""The table of methods, and what can be done with every one of them.
 
-A method is a module with `Config` (its knobs), `attach` (a linear layer and its chosen layers ->
-the adapter for the slot) and `initial` (name and shape of a variable -> its first value, one
-layer).
+`peft.base` says what a method is made of.
 """
 
-import difflib
+import dataclasses
 import zlib
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 from flax import nnx
 
-from jaxtune import tree
-from jaxtune.errors import ConfigError
 from jaxtune.nn.linear import layer_names, linears
-from jaxtune.peft import lora
+from jaxtune.peft import full, lora
+from jaxtune.peft.base import Adapters
+from jaxtune.peft.targets import Targets, choose
 
-METHODS = MappingProxyType({"lora": lora})
+__all__ = [
+    "METHODS",
+    "Adapters",
+    "Targets",
+    "attach",
+    "choose",
+    "choose_adapters",
+    "continued",
+    "initial_value",
+    "is_adapter",
+    "layer_names",
+    "linears",
+    "seed",
+    "trained",
+    "unread",
+]
 
-# Linear path ("layers.0.attn.q_proj") -> for each layer of its stack, whether it is adapted.
-Choice = Mapping[str, tuple[bool, ...]]
+METHODS: Mapping[str, Any] = MappingProxyType({"full": full, "lora": lora})
+
+# Knobs that say nothing about what a trained adapter computes.
+_OF_TRAINING = ("dropout",)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Targets:
-    """Names, patterns or "all-linear"; patterns taken out; indices of layers (empty: all)."""
-
-    include: tuple[str, ...]
-    exclude: tuple[str, ...] = ()
-    layers: tuple[int, ...] = ()
+def is_adapter(method: str) -> bool:
+    """Whether the method attaches something to the model."""
+    return hasattr(METHODS[method], "attach")
 
 
-def choose(model: Any, targets: Targets) -> Choice:
-    """Finds the targeted layers.
+def _options(section: Any, kind: type) -> Any:
+    """A dataclass of `READS` with the values of config.peft."""
+    return kind(**{field.name: getattr(section, field.name) for field in dataclasses.fields(kind)})
 
-    A layer is matched by its name with its index in the whole model (`layers.3.attn.q_proj`),
-    however the model is cut into stacks; the output head is a target only by name.
+
+def unread(section: Any) -> list[str]:
+    """What is wrong with options of config.peft that are set although nobody reads them."""
+    read, why = {"method"}, f"peft.method={section.method} does not read it"
+    if is_adapter(section.method):
+        read |= {"adapter"}
+    for kind in METHODS[section.method].READS:
+        read |= {field.name for field in dataclasses.fields(kind)}
+    if section.adapter is not None and is_adapter(section.method):
+        read, why = read & {"method", "adapter", *_OF_TRAINING}, "peft.adapter brings its own"
+    return [
+        f"config.peft.{field.name}={getattr(section, field.name)!r} would be ignored: {why}"
+        for field in dataclasses.fields(section)
+        if field.name not in read and getattr(section, field.name) != field.default
+    ]
+
+
+def choose_adapters(model: Any, section: Any) -> Adapters:
+    """What config.peft attaches to a model.
 
     Raises:
-        ConfigError: a pattern or a layer index that matches nothing, with the candidates.
+        ConfigError: targets or patterns that match nothing.
     """
-    unused = set(targets.include)
-    absent = [i for i in targets.layers if not 0 <= i < sum(model.stacks)]
-    if absent:
-        raise ConfigError(
-            f"config.peft.layers_to_transform: no layer {absent[0]} - "
-            f"the model has layers 0 to {sum(model.stacks) - 1}"
+    method = METHODS[section.method]
+    config = _options(section, method.READS[0])
+    chosen = choose(model, _options(section, Targets)) if Targets in method.READS else {}
+    names = {path: layer_names(path, model.stacks) for path in chosen}
+    choice = {
+        path: tuple(
+            method.for_layer(config, name) if flag else None
+            for (_, name), flag in zip(names[path], flags, strict=True)
         )
-    choice, seen = {}, set()
-    for path, _ in linears(model):
-        chosen = []
-        for index, name in layer_names(path, model.stacks):
-            seen.add(name.rsplit(".", 1)[-1])
-            hits = {pattern for pattern in targets.include if _hits(pattern, name)}
-            unused -= hits
-            excluded = any(tree.matches(pattern, name) for pattern in targets.exclude)
-            wanted = not targets.layers or index in targets.layers
-            chosen.append(bool(hits) and not excluded and wanted)
-        if any(chosen):
-            choice[path] = tuple(chosen)
-    if unused or not choice:
-        raise ConfigError(_no_match(sorted(unused) or targets.include, sorted(seen)))
-    return choice
+        for path, flags in chosen.items()
+    }
+    return Adapters(section.method, config, choice)
 
 
-def _hits(pattern: str, name: str) -> bool:
-    if pattern == "all-linear":
-        return name != "lm_head"
-    return tree.matches(pattern, name)
+def continued(adapters: Adapters, section: Any) -> Adapters:
+    """Adapters read from a folder, with the knobs of config.peft that it does not bring."""
+    given = {
+        field.name: getattr(section, field.name)
+        for field in dataclasses.fields(adapters.config)
+        if field.name in _OF_TRAINING
+    }
+
+    def changed(config: Any) -> Any:
+        return None if config is None else dataclasses.replace(config, **given)
+
+    choice = {path: tuple(map(changed, configs)) for path, configs in adapters.choice.items()}
+    return Adapters(adapters.method, changed(adapters.config), choice)
 
 
-def _no_match(patterns: Any, names: list[str]) -> str:
-    close = difflib.get_close_matches(patterns[0], names, n=1)
-    hint = f"; did you mean {close[0]}?" if close else ""
-    return (
-        f"config.peft.target_modules={tuple(patterns)} matches no layer that is left - "
-        f"layers are {', '.join(names)}, or all-linear{hint}"
-    )
+def trained(names: Iterable[str], section: Any) -> set[str]:
+    """The base's parameters, of those named, that config.peft lets train."""
+    method = METHODS[section.method]
+    return method.trained(names, _options(section, method.READS[0]))
 
 
-def attach(model: Any, method: str, config: Any, choice: Choice) -> None:
-    """Fills the slots of the chosen layers (in place; for use under `tree.describe`)."""
-    for path, linear in linears(model):
-        if path in choice:
-            linear.adapter = nnx.data(METHODS[method].attach(linear, config, choice[path]))
+def attach(model: Any, adapters: Adapters) -> None:
+    """Fills the slots of a model (in place; for use under `tree.describe`)."""
+    METHODS[adapters.method].attach(model, adapters.choice)
 
 
 def initial_value(
-    name: str,
-    shape: tuple[int, ...],
-    method: str,
-    config: Any,
-    choice: Choice,
-    stacks: Any,
-    seed: int,
+    name: str, shape: tuple[int, ...], adapters: Adapters, stacks: Any, seed: int
 ) -> np.ndarray:
     """First value of an adapter's variable; the same for a layer in whatever stack it is.
 
     Args:
         name: path of the variable, `<linear>.adapter.<leaf>`.
         shape: [n, ...] for a layer in a stack of n.
-        method: name of the method.
-        config: the method's knobs.
-        choice: the adapted layers.
+        adapters: the method and the adapted layers.
         stacks: sizes of the model's stacks.
         seed: with the layer's name, the seed of the random numbers.
     """
@@ -114,9 +128,12 @@ def initial_value(
     names = layer_names(path, stacks)
     stacked = names[0][0] is not None
     values = []
-    for (_, layer), chosen in zip(names, choice[path], strict=True):
+    for (_, layer), config in zip(names, adapters.choice[path], strict=True):
         rng = np.random.default_rng([seed, zlib.crc32(layer.encode())])
-        values.append(METHODS[method].initial(leaf, shape[stacked:], config, chosen, rng))
+        value = np.zeros(shape[stacked:], np.float32)
+        if config is not None:
+            value = METHODS[adapters.method].initial(leaf, value.shape, config, rng)
+        values.append(value)
     return np.stack(values) if stacked else values[0]
 
 

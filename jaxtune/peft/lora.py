@@ -8,15 +8,30 @@ are float32 whatever the base's dtype; they are computed in the activations' dty
 stack that are not adapted have s = 0: they stay the base and their A and B get no gradient.
 """
 
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jaxtune.models.base import TRANSPOSE
 from jaxtune.nn.linear import Linear
-from jaxtune.nn.params import AdapterConstant, AdapterParam, SeedKey
+from jaxtune.peft.base import (
+    Choice,
+    Format,
+    Tensor,
+    common,
+    constant,
+    dropped,
+    fill_slots,
+    layer_key,
+    padded,
+    shapes,
+    zeros,
+)
+from jaxtune.peft.targets import Targets
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,16 +49,19 @@ class Config:
         return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
 
 
+READS = (Config, Targets)
+
+
 class LoRA(nnx.Module):
     """The adapter of one linear layer, or of a stack of them."""
 
-    def __init__(self, linear: Linear, config: Config):
-        *stack, d_in, d_out = linear.kernel.get_value().shape
+    def __init__(self, linear: Linear, configs: Sequence[Config | None]):
         in_axis, out_axis = linear.axes
-        self.dropout = config.dropout
-        self.a = AdapterParam(jnp.zeros((*stack, d_in, config.rank)), axes=(in_axis, None))
-        self.b = AdapterParam(jnp.zeros((*stack, config.rank, d_out)), axes=(None, out_axis))
-        self.scale = AdapterConstant(jnp.zeros(stack), axes=())
+        sizes = shapes(tensors, configs, *linear.kernel.get_value().shape[-2:])
+        self.dropout = common(configs).dropout
+        self.a = zeros(linear, sizes["a"], (in_axis, None))
+        self.b = zeros(linear, sizes["b"], (None, out_axis))
+        self.scale = constant(linear)
         self.key = nnx.data(None)
 
     def __call__(self, x: jax.Array, linear: Linear) -> jax.Array:
@@ -51,36 +69,129 @@ class LoRA(nnx.Module):
         b = self.b.get_value() * self.scale.get_value()
         if self.key is None:
             return linear.adapt(x, a, b)
-        keep = jax.random.bernoulli(self.key.get_value(), 1 - self.dropout, x.shape)
-        dropped = jnp.where(keep, x / (1 - self.dropout), 0)
-        return linear.project(x) + linear.low_rank(dropped, a, b)
+        noisy = dropped(x, self.dropout, self.key)
+        return linear.project(x) + linear.low_rank(noisy, a, b)
 
     def seed(self, key: jax.Array, index: int) -> None:
         """Gives the layer its own key, if it has dropout."""
         if self.dropout:
-            key = jax.random.fold_in(key, index)
-            stack = self.scale.get_value().shape
-            self.key = SeedKey(jax.random.split(key, stack) if stack else key)
+            self.key = layer_key(key, index, self.scale.get_value().shape)
 
 
-def attach(linear: Linear, config: Config, chosen: tuple[bool, ...]) -> LoRA:
-    """The adapter for a layer's slot."""
-    del chosen  # every layer of the stack has one; `initial` gives those not chosen the scale 0
-    return LoRA(linear, config)
+def attach(model: nnx.Module, choice: Choice) -> None:
+    """Puts a LoRA into the slots of the chosen layers."""
+    fill_slots(model, choice, LoRA)
+
+
+def trained(names: Iterable[str], config: Config) -> set[str]:
+    """None of the base's parameters."""
+    del names, config
+    return set()
+
+
+def for_layer(config: Config, name: str) -> Config:
+    """The same for all layers."""
+    del name
+    return config
 
 
 def initial(
-    leaf: str, shape: tuple[int, ...], config: Config, chosen: bool, rng: np.random.Generator
+    leaf: str, shape: tuple[int, ...], config: Config, rng: np.random.Generator
 ) -> np.ndarray:
-    """First value of `a` [D_in, R], `b` [R, D_out] or `scale` [] of one layer, float32."""
-    if leaf == "a":
-        bound = shape[0] ** -0.5
-        return rng.uniform(-bound, bound, shape).astype(np.float32)
+    """First value of `a` [D_in, R], `b` [R, D_out] or `scale` [] of one adapted layer, float32."""
+    if leaf == "scale":
+        return np.asarray(config.scale, np.float32)
     if leaf == "b":
         return np.zeros(shape, np.float32)
-    return np.asarray(config.scale if chosen else 0.0, np.float32)
+    bound = shape[0] ** -0.5
+    return padded(rng.uniform(-bound, bound, (shape[0], config.rank)), shape)
 
 
-def delta(a: np.ndarray, b: np.ndarray, scale: float) -> np.ndarray:
-    """What merging adds to the kernel: s A B, [D_in, D_out]."""
-    return scale * (a @ b)
+def tensors(config: Config, d_in: int, d_out: int) -> dict[str, Tensor]:
+    """What PEFT stores of a layer."""
+    return {
+        "a": Tensor("lora_A.weight", (d_in, config.rank), TRANSPOSE),
+        "b": Tensor("lora_B.weight", (config.rank, d_out), TRANSPOSE),
+    }
+
+
+def merge(
+    leaf: str, array: np.ndarray, adapter: Mapping[str, np.ndarray], config: Config
+) -> np.ndarray:
+    """W + s A B [D_in, D_out]; the bias stays."""
+    return array + config.scale * (adapter["a"] @ adapter["b"]) if leaf == "kernel" else array
+
+
+PEFT = Format(
+    "LORA",
+    defaults={
+        "alora_invocation_tokens": None,
+        "alpha_pattern": {},
+        "arrow_config": None,
+        "bias": "none",
+        "corda_config": None,
+        "ensure_weight_tying": False,
+        "eva_config": None,
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "kasa_config": None,
+        "layer_replication": None,
+        "layers_pattern": None,
+        "loftq_config": {},
+        "lora_bias": False,
+        "lora_ga_config": None,
+        "megatron_config": None,
+        "megatron_core": "megatron.core",
+        "modules_to_save": None,
+        "monteclora_config": None,
+        "qalora_group_size": 16,
+        "rank_pattern": {},
+        "target_parameters": None,
+        "trainable_token_indices": None,
+        "use_bdlora": None,
+        "use_dora": False,
+        "use_qalora": False,
+        "velora_config": None,
+    },
+    ignored=frozenset(
+        ("eva_config", "fan_in_fan_out", "layers_pattern", "loftq_config", "megatron_config")
+        + ("megatron_core", "qalora_group_size")
+    ),
+    # Ways to start an adapter that leave the base weights as they are.
+    accepted={"init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva")},
+)
+
+
+def to_peft(config: Config, layers: Mapping[str, Config]) -> dict[str, Any]:
+    """Fields of adapter_config.json that say what the config says.
+
+    Args:
+        config: the knobs.
+        layers: name in transformers -> the layer's own knobs.
+    """
+    del layers
+    alpha = int(config.alpha) if float(config.alpha).is_integer() else config.alpha
+    return {
+        "r": config.rank,
+        "lora_alpha": alpha,
+        "lora_dropout": config.dropout,
+        "use_rslora": config.rslora,
+    }
+
+
+def from_peft(fields: Mapping[str, Any], name: str) -> Config:
+    """The knobs of a layer by its name in transformers; "": those of no layer in particular.
+
+    Raises:
+        ValueError: r or lora_alpha is no number.
+    """
+    del name
+    rank, alpha = fields.get("r"), fields.get("lora_alpha")
+    if type(rank) is not int or rank < 1 or not isinstance(alpha, int | float):
+        raise ValueError(f"r={rank!r}, lora_alpha={alpha!r} are not numbers")
+    return Config(
+        rank=rank,
+        alpha=float(alpha),
+        rslora=bool(fields.get("use_rslora")),
+        dropout=float(fields.get("lora_dropout") or 0.0),
+    )

@@ -136,7 +136,7 @@ def _forecast(run: build.Run, layout: Layout, chip: Chip) -> Forecast:
     head = size * c.vocab_size * c.hidden_size / tensor
     temporary = 3.5 * layer + 2 * whole / layers + head
 
-    forward = 0.5 if run.adapter is not None else 1 / 3
+    forward = 0.5 if run.adapters is not None else 1 / 3
     share = run.flops_per_token(length) / (tensor * mesh["stage"])
     flops = steps * tokens * share * (1 + forward * again)
     moved = steps * (3 * whole + (6 + 2 * again) * layer * layers)

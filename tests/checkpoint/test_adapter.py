@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import pickle
 from collections.abc import Callable
@@ -17,38 +18,44 @@ from jaxtune.checkpoint.safetensors import read_header, read_tensor, write_folde
 from jaxtune.checkpoint.source import open_checkpoint
 from jaxtune.checkpoint.tensors import TensorInfo
 from jaxtune.errors import ConfigError, WeightError
-from jaxtune.peft import Targets, lora
+from jaxtune.schema import Peft
 
 LAYOUTS = ("scan", "unroll")
-CONFIG = lora.Config(rank=4, alpha=8.0)
-ALL = Targets(include=("all-linear",))
+ALL = Peft(rank=4, alpha=8.0)
+
+
+def targeting(*names: str, layers: tuple[int, ...] = ()) -> Peft:
+    return dataclasses.replace(ALL, target_modules=names, layers_to_transform=layers)
 
 
 class Adapted:
     """A tiny model with random, non-zero adapters."""
 
-    def __init__(self, describe: Callable, layers: str, targets: Targets, config: lora.Config):
+    def __init__(self, describe: Callable, layers: str, options: Peft):
         self.checkpoint = open_checkpoint("tiny:llama")
         self.model = describe(self.checkpoint, layers)
-        self.config = config
         module = self.model.skeleton.model(self.model.abstract)
-        self.choice = methods.choose(module, targets)
+        self.adapters = methods.choose_adapters(module, options)
         random = np.random.default_rng(1)
         self.params: dict[str, Any] = {}
-        for path, chosen in self.choice.items():
+        for path, configs in self.adapters.choice.items():
             *stack, d_in, d_out = self.model.abstract[f"{path}.kernel"].shape
-            scale = np.where(chosen, config.scale, 0).astype(np.float32)
-            a = random.normal(size=(*stack, d_in, config.rank)).astype(np.float32)
-            b = random.normal(size=(*stack, config.rank, d_out)).astype(np.float32)
-            mask = scale.reshape(-1, 1, 1) != 0 if stack else scale[0] != 0
-            self.params[f"{path}.adapter.a"] = np.where(mask, a, 0)
-            self.params[f"{path}.adapter.b"] = np.where(mask, b, 0)
-            self.params[f"{path}.adapter.scale"] = scale if stack else scale[0]
+            mask = np.array([config is not None for config in configs])
+            mask = mask.reshape(-1, 1, 1) if stack else mask[0]
+            for leaf, shape in (("a", (d_in, options.rank)), ("b", (options.rank, d_out))):
+                value = random.normal(size=(*stack, *shape)).astype(np.float32)
+                self.params[f"{path}.adapter.{leaf}"] = np.where(mask, value, 0)
 
     def save(self, folder: Path, base: str = "tiny:llama") -> Path:
         model = self.model
         save_adapter(
-            folder, self.params, self.choice, self.config, model.weights, model.stacks, base=base
+            folder,
+            self.params,
+            self.adapters,
+            model.abstract,
+            model.weights,
+            model.stacks,
+            base=base,
         )
         return folder
 
@@ -66,33 +73,32 @@ class Adapted:
             "down_proj gate_proj k_proj o_proj q_proj up_proj v_proj",
             None,
         ),
-        (Targets(include=("q_proj", "v_proj")), "q_proj v_proj", None),
-        (Targets(include=("q_proj",), layers=(0, 2)), "q_proj", [0, 2]),
+        (targeting("q_proj", "v_proj"), "q_proj v_proj", None),
+        (targeting("q_proj", layers=(0, 2)), "q_proj", [0, 2]),
         (
-            Targets(include=("q_proj", "layers.1.mlp.up_proj")),
+            targeting("q_proj", "layers.1.mlp.up_proj"),
             "model.layers.0.self_attn.q_proj model.layers.1.mlp.up_proj "
             "model.layers.1.self_attn.q_proj model.layers.2.self_attn.q_proj",
             None,
         ),
-        (Targets(include=("lm_head",)), "lm_head", None),
+        (targeting("lm_head"), "lm_head", None),
     ],
 )
 def test_round_trip(
     tmp_path: Path,
     layers: str,
-    targets: Targets,
+    targets: Peft,
     names: str,
     to_transform: list | None,
     describe: Callable,
 ):
-    adapted = Adapted(describe, layers, targets, CONFIG)
+    adapted = Adapted(describe, layers, targets)
     folder = adapted.save(tmp_path / "adapter")
     fields = json.loads((folder / "adapter_config.json").read_text())
     assert fields["target_modules"] == names.split()
     assert fields["layers_to_transform"] == to_transform
     loaded = adapted.load(folder)
-    assert loaded.config == CONFIG
-    assert loaded.choice == adapted.choice
+    assert loaded.adapters == adapted.adapters
     assert loaded.warnings == ()
     assert set(loaded.params) == set(adapted.params)
     for path, array in adapted.params.items():
@@ -101,8 +107,8 @@ def test_round_trip(
 
 
 def test_layouts_write_the_same_files(tmp_path: Path, describe: Callable):
-    scan = Adapted(describe, "scan", ALL, CONFIG)
-    unroll = Adapted(describe, "unroll", ALL, CONFIG)
+    scan = Adapted(describe, "scan", ALL)
+    unroll = Adapted(describe, "unroll", ALL)
     for path in unroll.params:
         parts = path.split(".")
         stacked = ".".join([parts[0], "0", *parts[2:]])
@@ -118,16 +124,14 @@ def test_layouts_write_the_same_files(tmp_path: Path, describe: Callable):
 
 
 def test_rslora_and_dropout_are_kept(tmp_path: Path, describe: Callable):
-    config = lora.Config(rank=2, alpha=3.5, rslora=True, dropout=0.1)
-    adapted = Adapted(describe, "scan", ALL, config)
+    adapted = Adapted(describe, "scan", Peft(rank=2, alpha=3.5, rslora=True, dropout=0.1))
     loaded = adapted.load(adapted.save(tmp_path / "adapter"))
-    assert loaded.config == config
-    scale = loaded.params["layers.0.attn.q_proj.adapter.scale"]
-    np.testing.assert_allclose(scale, 3.5 / np.sqrt(2), rtol=1e-6)
+    assert loaded.adapters == adapted.adapters
+    np.testing.assert_allclose(loaded.adapters.config.scale, 3.5 / np.sqrt(2), rtol=1e-6)
 
 
 def test_another_base_name_is_a_warning(tmp_path: Path, describe: Callable):
-    adapted = Adapted(describe, "scan", ALL, CONFIG)
+    adapted = Adapted(describe, "scan", ALL)
     folder = adapted.save(tmp_path / "adapter", base="meta-llama/Llama-3.2-1B")
     (warning,) = adapted.load(folder).warnings
     assert "meta-llama/Llama-3.2-1B" in warning
@@ -168,7 +172,7 @@ def edit_weights(folder: Path, change: Callable[[dict], None]) -> None:
     ],
 )
 def test_unsupported_config(tmp_path: Path, fields: dict, message: str, describe: Callable):
-    adapted = Adapted(describe, "scan", ALL, CONFIG)
+    adapted = Adapted(describe, "scan", ALL)
     folder = adapted.save(tmp_path / "adapter")
     edit_config(folder, **fields)
     with pytest.raises(WeightError, match=message):
@@ -176,7 +180,7 @@ def test_unsupported_config(tmp_path: Path, fields: dict, message: str, describe
 
 
 def test_all_wrong_tensors_are_listed(tmp_path: Path, describe: Callable):
-    adapted = Adapted(describe, "scan", ALL, CONFIG)
+    adapted = Adapted(describe, "scan", ALL)
     folder = adapted.save(tmp_path / "adapter")
     layer = "base_model.model.model.layers.1.self_attn."
 
@@ -198,7 +202,7 @@ def test_all_wrong_tensors_are_listed(tmp_path: Path, describe: Callable):
 
 
 def test_not_an_adapter(tmp_path: Path, describe: Callable):
-    adapted = Adapted(describe, "scan", ALL, CONFIG)
+    adapted = Adapted(describe, "scan", ALL)
     with pytest.raises(WeightError, match="not a PEFT adapter"):
         adapted.load(tmp_path / "absent")
     folder = adapted.save(tmp_path / "adapter")
@@ -213,13 +217,13 @@ def test_not_an_adapter(tmp_path: Path, describe: Callable):
 def test_unknown_folder_is_not_overwritten(tmp_path: Path, describe: Callable):
     (tmp_path / "thesis.txt").write_text("do not touch")
     with pytest.raises(ConfigError, match="did not export"):
-        Adapted(describe, "scan", ALL, CONFIG).save(tmp_path)
+        Adapted(describe, "scan", ALL).save(tmp_path)
 
 
 def merged_folder(adapted: Adapted, base: Any, folder: Path) -> Path:
     model = adapted.model
     params = load_weights(base, model.weights, model.abstract, model.stacks) | adapted.params
-    save_model(folder, params, base, model.weights, model.stacks)
+    save_model(folder, params, base, model.weights, model.stacks, adapters=adapted.adapters)
     return folder
 
 
@@ -240,14 +244,20 @@ def torch_logits(model: Any, ids: np.ndarray) -> np.ndarray:
 
 
 def our_logits(adapted: Adapted, params: dict[str, Any], ids: np.ndarray) -> np.ndarray:
-    abstract, choice = adapted.model, adapted.choice
+    abstract = adapted.model
 
     def build() -> Any:
         module = abstract.skeleton.model(abstract.abstract)
-        methods.attach(module, "lora", adapted.config, choice)
+        methods.attach(module, adapted.adapters)
         return module
 
-    model = tree.describe(build).model(params)
+    skeleton = tree.describe(build)
+    constants = {
+        name: methods.initial_value(name, leaf.shape, adapted.adapters, abstract.stacks, 0)
+        for name, leaf in skeleton.abstract().items()
+        if name not in params
+    }
+    model = skeleton.model(params | constants)
     hidden, _ = model.hidden(ids, np.broadcast_to(np.arange(ids.shape[1]), ids.shape), None)
     return np.asarray(model.logits(hidden))
 
@@ -258,16 +268,16 @@ def our_logits(adapted: Adapted, params: dict[str, Any], ids: np.ndarray) -> np.
     "targets",
     [
         ALL,
-        Targets(include=("q_proj", "mlp.down_proj"), layers=(0, 2)),
-        Targets(include=("v_proj", "layers.1.mlp.up_proj")),
+        targeting("q_proj", "mlp.down_proj", layers=(0, 2)),
+        targeting("v_proj", "layers.1.mlp.up_proj"),
     ],
 )
 def test_peft_computes_the_same(
-    tmp_path: Path, layers: str, targets: Targets, base_folder: Path, describe: Callable
+    tmp_path: Path, layers: str, targets: Peft, base_folder: Path, describe: Callable
 ):
     peft = pytest.importorskip("peft")
     transformers = pytest.importorskip("transformers")
-    adapted = Adapted(describe, layers, targets, CONFIG)
+    adapted = Adapted(describe, layers, targets)
     folder = adapted.save(tmp_path / "adapter", base=str(base_folder))
     ids = np.random.default_rng(0).integers(0, 250, (2, 9))
     base = transformers.AutoModelForCausalLM.from_pretrained(base_folder)
@@ -310,10 +320,10 @@ def test_import_from_peft(
             torch.nn.init.normal_(parameter, std=0.5)
     theirs.save_pretrained(tmp_path / "theirs")
     source = open_checkpoint(str(base_folder))
-    adapted = Adapted(describe, layers, ALL, CONFIG)
+    adapted = Adapted(describe, layers, ALL)
     loaded = adapted.load(tmp_path / "theirs", base=str(base_folder))
     assert loaded.warnings == ()
-    adapted.config, adapted.choice, adapted.params = loaded.config, loaded.choice, loaded.params
+    adapted.adapters, adapted.params = loaded.adapters, loaded.params
     model = adapted.model
     params = load_weights(source, model.weights, model.abstract, model.stacks) | loaded.params
     ids = np.random.default_rng(0).integers(0, 250, (2, 9))
@@ -330,8 +340,8 @@ def test_import_from_peft(
 
 @pytest.mark.parametrize("layers", LAYOUTS)
 def test_merging_copies_the_base_from_its_files(tmp_path: Path, layers: str, describe: Callable):
-    targets = Targets(include=("q_proj", "lm_head"), layers=())
-    adapted = Adapted(describe, layers, targets, CONFIG)
+    targets = targeting("q_proj", "lm_head")
+    adapted = Adapted(describe, layers, targets)
     model, tiny = adapted.model, adapted.checkpoint
     rounded = load_weights(
         tiny,
@@ -342,9 +352,10 @@ def test_merging_copies_the_base_from_its_files(tmp_path: Path, layers: str, des
         },
         model.stacks,
     )
-    save_model(tmp_path / "files", adapted.params, tiny, model.weights, model.stacks)
+    options = {"adapters": adapted.adapters}
+    save_model(tmp_path / "files", adapted.params, tiny, model.weights, model.stacks, **options)
     everything = rounded | adapted.params
-    save_model(tmp_path / "arrays", everything, tiny, model.weights, model.stacks)
+    save_model(tmp_path / "arrays", everything, tiny, model.weights, model.stacks, **options)
     exact, lossy = (open_checkpoint(str(tmp_path / name)) for name in ("files", "arrays"))
     assert set(exact.tensors) == set(lossy.tensors) == set(tiny.tensors)
     for name in tiny.tensors:
@@ -363,7 +374,7 @@ def test_merging_copies_the_base_from_its_files(tmp_path: Path, layers: str, des
 @pytest.mark.filterwarnings("ignore")
 def test_config_has_the_fields_that_peft_writes(tmp_path: Path, describe: Callable):
     peft = pytest.importorskip("peft")
-    folder = Adapted(describe, "scan", ALL, CONFIG).save(tmp_path / "adapter")
+    folder = Adapted(describe, "scan", ALL).save(tmp_path / "adapter")
     ours = json.loads((folder / "adapter_config.json").read_text())
     config = peft.LoraConfig.from_pretrained(folder)
     config.save_pretrained(tmp_path)

@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import importlib.util
 from typing import Any
@@ -9,13 +10,13 @@ import pytest
 from flax import nnx
 
 from jaxtune import objectives, optim, peft
-from jaxtune.checkpoint.adapter import modules
+from jaxtune.checkpoint.adapter_config import modules
 from jaxtune.checkpoint.source import open_checkpoint
 from jaxtune.data import TokenBatch
 from jaxtune.nn.linear import Linear
 from jaxtune.nn.params import AdapterConstant, AdapterParam, Policy
-from jaxtune.peft import Targets, lora
-from jaxtune.schema import Optim
+from jaxtune.peft import lora
+from jaxtune.schema import Optim, Peft
 from jaxtune.step import TrainState, make_train_step
 from tests import oracle, tolerances
 from tests.models.test_llama import hf_from
@@ -23,8 +24,7 @@ from tests.models.test_llama import hf_from
 # peft asks transformers for a property that the latter has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 
-ALL = Targets(include=("all-linear",))
-CONFIG = lora.Config(rank=4, alpha=6.0)
+CONFIG = Peft(rank=4, alpha=6.0)
 OBJECTIVE = functools.partial(objectives.OBJECTIVES["sft"], loss_dtype=jnp.float32)
 
 
@@ -45,7 +45,7 @@ def peft_model(hf: Any, loaded: oracle.Loaded, adapted: oracle.Adapted, config: 
 def pairs(loaded: oracle.Loaded, adapted: oracle.Adapted) -> dict[str, tuple[str, int]]:
     """Name of each LoRA matrix in PEFT -> our path and the place in the stack."""
     found = {}
-    for module in modules(loaded.family.WEIGHTS, adapted.choice, loaded.stacks):
+    for module in modules(loaded.family.WEIGHTS, adapted.adapters, loaded.stacks):
         for leaf in "ab":
             name = f"base_model.model.{module.name}.lora_{leaf.upper()}.default.weight"
             assert module.index is not None
@@ -81,10 +81,10 @@ def torch_loss(model: Any, batch: TokenBatch) -> Any:
 
 
 def gradient_differences(
-    hf: Any, loaded: oracle.Loaded, config: lora.Config, batch: TokenBatch, b_std: float
+    hf: Any, loaded: oracle.Loaded, config: Peft, batch: TokenBatch, b_std: float
 ) -> dict[str, float]:
     """For every LoRA matrix, how far its gradient is from PEFT's, relative to the largest entry."""
-    adapted = oracle.adapt(loaded, ALL, config, b_std=b_std)
+    adapted = oracle.adapt(loaded, config, b_std=b_std)
     model = peft_model(hf, loaded, adapted, config)
 
     @jax.jit
@@ -110,9 +110,9 @@ def gradient_differences(
 
 @pytest.mark.parametrize(
     ("layers", "config"),
-    [("scan", CONFIG), ("unroll", lora.Config(rank=4, alpha=6.0, rslora=True))],
+    [("scan", CONFIG), ("unroll", Peft(rank=4, alpha=6.0, rslora=True))],
 )
-def test_gradients_are_those_of_peft(layers: str, config: lora.Config):
+def test_gradients_are_those_of_peft(layers: str, config: Peft):
     hf = oracle.hf_llama()
     loaded = oracle.load(oracle.checkpoint_of(hf), layers=layers)
     differences = gradient_differences(hf, loaded, config, padded_batch(0, 3, 40, 97), b_std=0.3)
@@ -138,7 +138,7 @@ def loss_curves(hf: Any, checkpoint: Any, batches: list[TokenBatch]) -> tuple[li
     import torch
 
     loaded = oracle.load(checkpoint, layers="unroll")
-    adapted = oracle.adapt(loaded, ALL, CONFIG, b_std=0.02)
+    adapted = oracle.adapt(loaded, CONFIG, b_std=0.02)
     model = peft_model(hf, loaded, adapted, CONFIG)
     trained = [p for p in model.parameters() if p.requires_grad]
     options = {"weight_decay": 0.1, "betas": (0.9, 0.99), "eps": 1e-7}
@@ -204,7 +204,7 @@ def loss_of(adapted: oracle.Adapted, key: Any = None) -> Any:
 
 
 def test_a_new_adapter_changes_nothing(tiny: oracle.Loaded):
-    adapted = oracle.adapt(tiny, ALL, CONFIG, b_std=0.0)
+    adapted = oracle.adapt(tiny, CONFIG, b_std=0.0)
     base = oracle.Adapted(tiny.skeleton, {}, tiny.params, {})
     got = jax.jit(loss_of(adapted))(adapted.trainable, adapted.frozen, None)
     expected = jax.jit(loss_of(base))({}, tiny.params, None)
@@ -212,7 +212,8 @@ def test_a_new_adapter_changes_nothing(tiny: oracle.Loaded):
 
 
 def test_unchosen_layers_stay_the_base_and_get_no_gradient(tiny: oracle.Loaded):
-    adapted = oracle.adapt(tiny, Targets(include=("q_proj", "up_proj"), layers=(1,)), CONFIG)
+    targets = {"target_modules": ("q_proj", "up_proj"), "layers_to_transform": (1,)}
+    adapted = oracle.adapt(tiny, dataclasses.replace(CONFIG, **targets))
     gradient = jax.jit(jax.value_and_grad(loss_of(adapted)))
     value, grads = gradient(adapted.trainable, adapted.frozen, None)
     for path, grad in grads.items():
@@ -224,9 +225,9 @@ def test_unchosen_layers_stay_the_base_and_get_no_gradient(tiny: oracle.Loaded):
 
 
 def test_dropout_depends_on_the_key_alone_and_needs_one(tiny: oracle.Loaded):
-    noisy = lora.Config(rank=4, alpha=6.0, dropout=0.5)
-    adapted = oracle.adapt(tiny, ALL, noisy)
-    plain = oracle.adapt(tiny, ALL, CONFIG)
+    noisy = Peft(rank=4, alpha=6.0, dropout=0.5)
+    adapted = oracle.adapt(tiny, noisy)
+    plain = oracle.adapt(tiny, CONFIG)
     loss, both = jax.jit(loss_of(adapted)), (adapted.trainable, adapted.frozen)
     first, second = (float(loss(*both, jax.random.key(seed))) for seed in (0, 1))
     assert float(loss(*both, jax.random.key(0))) == first != second
@@ -235,10 +236,11 @@ def test_dropout_depends_on_the_key_alone_and_needs_one(tiny: oracle.Loaded):
     assert without not in (first, second)
 
 
-def adapted_linear(config: lora.Config) -> tuple[Linear, Any]:
+def adapted_linear(dropout: float = 0.0) -> tuple[Linear, Any]:
+    config = lora.Config(rank=4, alpha=6.0, dropout=dropout)
     random = np.random.default_rng(0)
     linear = Linear(64, 5, axes=("embed", "mlp"), policy=Policy(), rngs=nnx.Rngs(0), bias=True)
-    linear.adapter = lora.attach(linear, config, (True,))
+    linear.adapter = lora.LoRA(linear, (config,))
     linear.adapter.a = AdapterParam(jnp.asarray(random.normal(size=(64, 4)), jnp.float32))
     linear.adapter.b = AdapterParam(jnp.asarray(random.normal(size=(4, 5)), jnp.float32))
     linear.adapter.scale = AdapterConstant(jnp.float32(config.scale))
@@ -247,14 +249,14 @@ def adapted_linear(config: lora.Config) -> tuple[Linear, Any]:
 
 
 def test_formula_with_bias():
-    linear, x = adapted_linear(CONFIG)
+    linear, x = adapted_linear()
     a, b = linear.adapter.a.get_value(), linear.adapter.b.get_value()
     expected = x @ linear.kernel.get_value() + 1.5 * (x @ a) @ b + jnp.arange(5.0)
     assert oracle.difference(linear(x), expected) <= tolerances.OPS
 
 
 def test_dropout_keeps_the_mean_and_spares_the_base():
-    linear, x = adapted_linear(lora.Config(rank=4, alpha=6.0, dropout=0.25))
+    linear, x = adapted_linear(dropout=0.25)
     many = jnp.broadcast_to(x, (20000, 64))
     expected = linear(x)[0]
     linear.adapter.seed(jax.random.key(3), 0)
@@ -267,7 +269,7 @@ def test_dropout_keeps_the_mean_and_spares_the_base():
 
 
 def test_layers_of_a_stack_drop_different_inputs(tiny: oracle.Loaded):
-    adapted = oracle.adapt(tiny, ALL, lora.Config(rank=4, alpha=6.0, dropout=0.5))
+    adapted = oracle.adapt(tiny, Peft(rank=4, alpha=6.0, dropout=0.5))
     model = adapted.skeleton.model({**adapted.frozen, **adapted.trainable})
     peft.seed(model, jax.random.key(0))
     keys = [
@@ -284,8 +286,9 @@ def test_scale(rslora: bool, scale: float):
 
 
 def test_merging_adds_the_same_product():
-    linear, x = adapted_linear(CONFIG)
+    linear, x = adapted_linear()
     adapter = linear.adapter
     a, b = np.asarray(adapter.a.get_value()), np.asarray(adapter.b.get_value())
-    merged = np.asarray(linear.kernel.get_value()) + lora.delta(a, b, CONFIG.scale)
+    config = lora.Config(rank=4, alpha=6.0)
+    merged = lora.merge("kernel", np.asarray(linear.kernel.get_value()), {"a": a, "b": b}, config)
     assert oracle.difference(np.asarray(x) @ merged + np.arange(5), linear(x)) <= tolerances.OPS

@@ -8,9 +8,14 @@ from jaxtune import peft, tree
 from jaxtune.errors import ConfigError
 from jaxtune.models import llama
 from jaxtune.nn.params import Policy
-from jaxtune.peft import Targets, lora
+from jaxtune.peft import Targets
+from jaxtune.schema import Peft
 
 LINEARS = [f"attn.{x}_proj" for x in "qkvo"] + [f"mlp.{x}_proj" for x in ("gate", "up", "down")]
+
+
+def targeting(*names: str, exclude: tuple = (), layers: tuple = ()) -> Targets:
+    return Targets(target_modules=names, exclude_modules=exclude, layers_to_transform=layers)
 
 
 def model(layers: str) -> Any:
@@ -41,28 +46,28 @@ def named(*rest: str, layers: tuple[int, ...] = (0, 1, 2)) -> set[str]:
 @pytest.mark.parametrize(
     ("targets", "expected"),
     [
-        (Targets(include=("all-linear",)), named(*LINEARS)),
-        (Targets(include=("q_proj", "down_proj")), named("attn.q_proj", "mlp.down_proj")),
-        (Targets(include=("attn.o_proj",)), named("attn.o_proj")),
-        (Targets(include=("layers.1.mlp.up_proj",)), named("mlp.up_proj", layers=(1,))),
+        (targeting("all-linear"), named(*LINEARS)),
+        (targeting("q_proj", "down_proj"), named("attn.q_proj", "mlp.down_proj")),
+        (targeting("attn.o_proj"), named("attn.o_proj")),
+        (targeting("layers.1.mlp.up_proj"), named("mlp.up_proj", layers=(1,))),
         (
-            Targets(include=(r"layers\.[0-1]\.mlp\..*",)),
+            targeting(r"layers\.[0-1]\.mlp\..*"),
             named(*LINEARS[4:], layers=(0, 1)),
         ),
-        (Targets(include=(r".*\.[qv]_proj",)), named("attn.q_proj", "attn.v_proj")),
+        (targeting(r".*\.[qv]_proj"), named("attn.q_proj", "attn.v_proj")),
         (
-            Targets(include=("all-linear",), exclude=("v_proj", r".*\.mlp\..*")),
+            targeting("all-linear", exclude=("v_proj", r".*\.mlp\..*")),
             named("attn.q_proj", "attn.k_proj", "attn.o_proj"),
         ),
         (
-            Targets(include=("all-linear",), exclude=("layers.0.attn.q_proj",)),
+            targeting("all-linear", exclude=("layers.0.attn.q_proj",)),
             named(*LINEARS) - {"layers.0.attn.q_proj"},
         ),
         (
-            Targets(include=("k_proj",), layers=(0, 2)),
+            targeting("k_proj", layers=(0, 2)),
             named("attn.k_proj", layers=(0, 2)),
         ),
-        (Targets(include=("q_proj", "lm_head")), named("attn.q_proj") | {"lm_head"}),
+        (targeting("q_proj", "lm_head"), named("attn.q_proj") | {"lm_head"}),
     ],
 )
 def test_chosen_layers(layers: str, targets: Targets, expected: set[str]):
@@ -73,14 +78,26 @@ def test_chosen_layers(layers: str, targets: Targets, expected: set[str]):
 @pytest.mark.parametrize(
     ("targets", "messages"),
     [
-        (Targets(include=("q_porj",)), ["q_porj", "did you mean q_proj?", "down_proj", "lm_head"]),
-        (Targets(include=("q_proj", "c_attn")), ["('c_attn',) matches no layer"]),
+        (
+            targeting("q_porj"),
+            ["q_porj", "did you mean q_proj?", "down_proj", "lm_head"],
+        ),
+        (targeting("q_proj", "c_attn"), ["('c_attn',) matches no layer"]),
         # PEFT's rule: a part of a name is no match.
-        (Targets(include=("proj",)), ["('proj',) matches no layer"]),
-        (Targets(include=("q_proj[",)), ["matches no layer"]),
-        (Targets(include=("q_proj",), exclude=("attn.q_proj",)), ["matches no layer that is left"]),
-        (Targets(include=("q_proj",), layers=(0, 3)), ["no layer 3", "layers 0 to 2"]),
-        (Targets(include=("lm_head",), layers=(0,)), ["matches no layer that is left"]),
+        (targeting("proj"), ["('proj',) matches no layer"]),
+        (targeting("q_proj["), ["matches no layer"]),
+        (
+            targeting("q_proj", exclude=("attn.q_proj",)),
+            ["matches no layer that is left"],
+        ),
+        (
+            targeting("q_proj", layers=(0, 3)),
+            ["no layer 3", "layers 0 to 2"],
+        ),
+        (
+            targeting("lm_head", layers=(0,)),
+            ["matches no layer that is left"],
+        ),
     ],
 )
 def test_what_matches_nothing_is_an_error(layers: str, targets: Targets, messages: list[str]):
@@ -90,17 +107,14 @@ def test_what_matches_nothing_is_an_error(layers: str, targets: Targets, message
 
 
 def test_initial_values_do_not_depend_on_the_layout():
-    config = lora.Config(rank=4, alpha=8.0)
-    targets = Targets(include=("all-linear",), layers=(0, 2))
+    options = Peft(rank=4, alpha=8.0, layers_to_transform=(0, 2))
     values: dict[str, dict[tuple, np.ndarray]] = {}
     for layers, shapes in MODELS.items():
-        choice, found = peft.choose(shapes, targets), {}
-        for path in choice:
+        adapters, found = peft.choose_adapters(shapes, options), {}
+        for path, configs in adapters.choice.items():
             for leaf, tail in (("a", (32, 4)), ("b", (4, 32)), ("scale", ())):
-                name, n = f"{path}.adapter.{leaf}", len(choice[path])
-                value = peft.initial_value(
-                    name, (n, *tail), "lora", config, choice, shapes.stacks, 7
-                )
+                name, n = f"{path}.adapter.{leaf}", len(configs)
+                value = peft.initial_value(name, (n, *tail), adapters, shapes.stacks, 7)
                 assert value.shape == (n, *tail) and value.dtype == np.float32
                 for (_, layer), one in zip(
                     peft.layer_names(path, shapes.stacks), value, strict=True
@@ -118,11 +132,7 @@ def test_initial_values_do_not_depend_on_the_layout():
 
 
 def test_seed_changes_the_initial_values():
-    config, stacks = lora.Config(rank=4, alpha=8.0), (3,)
-    choice = {"layers.0.attn.q_proj": (True,) * 3}
+    adapters = peft.choose_adapters(MODELS["scan"], Peft(rank=4))
     name = "layers.0.attn.q_proj.adapter.a"
-    first, second = (
-        peft.initial_value(name, (3, 32, 4), "lora", config, choice, stacks, seed)
-        for seed in (0, 1)
-    )
+    first, second = (peft.initial_value(name, (3, 32, 4), adapters, (3,), seed) for seed in (0, 1))
     assert not np.array_equal(first, second)

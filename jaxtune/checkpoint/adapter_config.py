@@ -1,0 +1,193 @@
+"""adapter_config.json of a PEFT folder: what an adapter is, without its tensors.
+
+Every method has fields of its own (`PEFT`, `to_peft`, `from_peft` of its module); the common ones
+are written and read here. A setting that changes what the adapter computes, and that jaxtune does
+not have, is an error.
+
+Source: PEFT 0.21.2 (tuners/*/config.py, tuners/tuners_utils.py).
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jaxtune.checkpoint.hf import split_path
+from jaxtune.errors import WeightError, listing
+from jaxtune.models.base import Weight
+from jaxtune.peft import METHODS, Adapters, layer_names
+from jaxtune.peft.targets import is_target
+
+CONFIG_FILE = "adapter_config.json"
+PEFT_VERSION = "0.21.2"
+_TYPES = {
+    module.PEFT.peft_type: name for name, module in METHODS.items() if hasattr(module, "PEFT")
+}
+# Common fields that are read, or that say nothing about what the adapter computes.
+_COMMON = frozenset(
+    ("peft_type", "target_modules", "exclude_modules", "layers_to_transform", "task_type")
+    + ("base_model_name_or_path", "inference_mode", "peft_version", "revision", "auto_mapping")
+)
+
+
+class Module(NamedTuple):
+    """One layer that is adapted, or may be."""
+
+    path: str  # of the stack's Linear among our parameters
+    index: int | None  # position in the stack
+    layer: int | None  # number of the layer in the model
+    name: str  # in the transformers model
+    config: Any  # knobs of its adapter; None: not adapted
+
+
+def modules(weights: Sequence[Weight], adapters: Adapters, stacks: Sequence[int]) -> list[Module]:
+    """The adapted layers, with their names in the transformers model."""
+    names = _names(weights)
+    found = []
+    for path, configs in adapters.choice.items():
+        _, ours = split_path(path)
+        numbers = [number for number, _ in layer_names(path, tuple(stacks))]
+        for index, (number, config) in enumerate(zip(numbers, configs, strict=True)):
+            if config is not None:
+                place = None if number is None else index
+                found.append(Module(path, place, number, names[ours].format(number), config))
+    return found
+
+
+def _names(weights: Sequence[Weight]) -> dict[str, str]:
+    """Linear path without its stack's number -> pattern of the name in transformers."""
+    return {
+        row.ours.removesuffix(".kernel"): row.hf.removesuffix(".weight")
+        for row in weights
+        if row.ours.endswith(".kernel")
+    }
+
+
+def config_fields(
+    adapters: Adapters, adapted: Sequence[Module], weights: Sequence[Weight], num_layers: int
+) -> dict[str, Any]:
+    """What PEFT writes about the adapters, but for the base model's name."""
+    method = METHODS[adapters.method]
+    targets, layers = _targets(adapted, weights, num_layers)
+    own = method.to_peft(adapters.config, {module.name: module.config for module in adapted})
+    return {
+        **method.PEFT.defaults,
+        "auto_mapping": None,
+        "exclude_modules": None,
+        "inference_mode": True,
+        "layers_to_transform": layers,
+        "peft_type": method.PEFT.peft_type,
+        "peft_version": PEFT_VERSION,
+        "target_modules": targets,
+        "task_type": "CAUSAL_LM",
+        **own,
+    }
+
+
+def _targets(
+    adapted: Sequence[Module], weights: Sequence[Weight], num_layers: int
+) -> tuple[list[str], list[int] | None]:
+    """target_modules and layers_to_transform: short names if all layers agree, else full names."""
+    layers: dict[str, set[int]] = {}
+    for module in adapted:
+        if module.layer is not None:
+            _, ours = split_path(module.path)
+            layers.setdefault(ours, set()).add(module.layer)
+    inside = sum(module.layer is not None for module in adapted)
+    first = next(iter(layers.values()), set())
+    if inside < len(adapted) or any(numbers != first for numbers in layers.values()):
+        return sorted(module.name for module in adapted), None
+    names = _names(weights)
+    short = []
+    for ours in layers:
+        last = names[ours].rsplit(".", 1)[-1]
+        alike = [other for other in names.values() if other.rsplit(".", 1)[-1] == last]
+        short.append(last if len(alike) == 1 else names[ours].split("{}.")[1])
+    return sorted(short), None if len(first) == num_layers else sorted(first)
+
+
+def read_config(folder: Path) -> tuple[str, dict[str, Any]]:
+    """The method, and the fields of adapter_config.json.
+
+    Raises:
+        WeightError: no readable file, an unknown type of adapter, or settings that jaxtune does
+            not have (all listed).
+    """
+    path = folder / CONFIG_FILE
+    try:
+        fields = json.loads(path.read_text("utf-8"))
+        peft_type = fields.get("peft_type")
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise WeightError(
+            f"{folder} is not a PEFT adapter: no readable {CONFIG_FILE} ({error}) - "
+            "give a folder that PEFT or jaxtune saved"
+        ) from error
+    if peft_type not in _TYPES:
+        known = ", ".join(sorted(_TYPES))
+        raise WeightError(f"{path}: peft_type {peft_type!r} is not supported - supported: {known}")
+    method = METHODS[_TYPES[peft_type]]
+    try:
+        understood = _COMMON | method.PEFT.ignored | set(method.to_peft(_main(fields), {}))
+    except ValueError as error:
+        raise WeightError(f"{path}: {error} - repair it") from error
+    problems = []
+    for key, value in fields.items():
+        if key in method.PEFT.accepted:
+            unknown = value not in method.PEFT.accepted[key]
+        else:
+            unknown = bool(value) and key not in understood
+            unknown = unknown and value != method.PEFT.defaults.get(key)
+        if unknown:
+            problems.append(f"{key}={json.dumps(value)}")
+    if problems:
+        raise WeightError(
+            f"{path} uses settings that jaxtune does not support - merge the adapter with PEFT and "
+            "start from the merged model:" + listing(problems)
+        )
+    return _TYPES[peft_type], fields
+
+
+def _main(fields: Mapping[str, Any]) -> Any:
+    return METHODS[_TYPES[fields["peft_type"]]].from_peft(fields, "")
+
+
+def read_adapters(
+    folder: Path, kernels: Sequence[str], weights: Sequence[Weight], stacks: Sequence[int]
+) -> Adapters:
+    """The adapters that PEFT would put on a base model.
+
+    Args:
+        folder: holds adapter_config.json.
+        kernels: paths of the base's linear layers.
+        weights: the base family's table.
+        stacks: number of layers in each stack.
+
+    Raises:
+        WeightError: see `read_config`; or targets that the base lacks.
+    """
+    name, fields = read_config(folder)
+    method = METHODS[name]
+    targets = fields.get("target_modules")
+    layers = fields.get("layers_to_transform")
+    layers = [layers] if isinstance(layers, int) else layers
+    excluded = fields.get("exclude_modules") or []
+    every = {path: (True,) * len(layer_names(path, tuple(stacks))) for path in kernels}
+    candidates = modules(weights, Adapters(name, None, every), stacks)
+    configs: dict[str, list[Any]] = {path: [None] * len(every[path]) for path in kernels}
+    for module in candidates:
+        if (
+            is_target(module.name, targets)
+            and not is_target(module.name, excluded)
+            and (layers is None or module.layer in layers)
+        ):
+            configs[module.path][module.index or 0] = method.from_peft(fields, module.name)
+    choice = {path: tuple(own) for path, own in configs.items() if any(own)}
+    unused = [] if isinstance(targets, str) else targets or []
+    unused = [name for name in unused if not any(is_target(m.name, [name]) for m in candidates)]
+    if unused or not choice:
+        known = sorted({module.name.rsplit(".", 1)[-1] for module in candidates})
+        raise WeightError(
+            f"{folder / CONFIG_FILE}: target_modules {unused or targets} are not in this base "
+            f"model, whose layers are {', '.join(known)} - use the adapter's own base model"
+        )
+    return Adapters(name, _main(fields), choice)

@@ -1,0 +1,144 @@
+"""What methods share. A method is a module of this folder and a row of `peft.METHODS`.
+
+Every method has
+
+    READS      dataclasses whose fields are the options of `schema.Peft` that it reads; the first
+               is `Config`, its knobs
+    trained    names of the base's parameters -> those that train beside the adapters
+
+A method that attaches something also has
+
+    attach     fills slots of a model (under `tree.describe`), for a `Choice`
+    initial    name and shape of a variable -> its first value, of one layer
+    seed       on what it puts into slots: takes the random key of a training step
+
+and one that adapts chosen layers
+
+    for_layer  the knobs of one layer, by its name
+    tensors    what a layer's adapter is made of, as PEFT stores it: {variable: Tensor}
+    merge      a parameter of a layer -> what it is with the adapter put into it
+    PEFT       `Format`; with `to_peft` and `from_peft` the other half of adapter_config.json
+
+Variables that train are `AdapterParam`, others `AdapterConstant`; those of a stack of layers have
+a leading axis. Layers of a stack that are not adapted have a constant of 0 which makes them the
+base: their variables get no gradient.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jaxtune.models.base import Change
+from jaxtune.nn.linear import Linear, linears
+from jaxtune.nn.params import AdapterConstant, AdapterParam, SeedKey
+
+# Linear path ("layers.0.attn.q_proj") -> for each layer of its stack its knobs; None: not adapted.
+Choice = Mapping[str, tuple[Any, ...]]
+
+
+@dataclass(frozen=True)
+class Adapters:
+    """What is attached to a model.
+
+    Attributes:
+        method: its name in `peft.METHODS`.
+        config: its knobs.
+        choice: the adapted layers with knobs of their own; {} if the method chooses none.
+    """
+
+    method: str
+    config: Any
+    choice: Choice
+
+
+class Tensor(NamedTuple):
+    """A variable of one layer's adapter as PEFT stores it."""
+
+    suffix: str  # of its name, after the layer's
+    shape: tuple[int, ...]  # ours
+    change: Change
+
+
+@dataclass(frozen=True)
+class Format:
+    """A method's side of PEFT's adapter_config.json, common fields left out.
+
+    Attributes:
+        peft_type: PEFT's name of the method.
+        defaults: value of each field that an adapter of ours leaves alone; another is refused.
+        ignored: fields that say nothing about what the adapter computes.
+        accepted: field -> values that make no difference to a trained adapter.
+    """
+
+    peft_type: str
+    defaults: Mapping[str, Any]
+    ignored: frozenset[str] = frozenset()
+    accepted: Mapping[str, tuple] = field(default_factory=dict)
+
+
+def fill_slots(
+    model: nnx.Module, choice: Choice, make: Callable[[Linear, Sequence[Any]], nnx.Module]
+) -> None:
+    """Puts `make(layer, knobs of its stack)` into the slots of the chosen layers."""
+    for path, linear in linears(model):
+        if path in choice:
+            linear.adapter = nnx.data(make(linear, choice[path]))
+
+
+def common(configs: Sequence[Any]) -> Any:
+    """The knobs of the first adapted layer of a stack, for what its layers have in common."""
+    return next(config for config in configs if config is not None)
+
+
+def shapes(
+    tensors: Callable[[Any, int, int], Mapping[str, Tensor]],
+    configs: Sequence[Any],
+    d_in: int,
+    d_out: int,
+) -> dict[str, tuple[int, ...]]:
+    """Shape of each variable of a stack's adapter, without the layer axis.
+
+    Layers of different ranks share an array of the largest; what exceeds a layer's own rank is
+    zero and stays so, for its gradient is a product with zeros.
+    """
+    found: dict[str, tuple[int, ...]] = {}
+    for config in configs:
+        for leaf, tensor in (tensors(config, d_in, d_out) if config else {}).items():
+            sizes = zip(found.get(leaf, tensor.shape), tensor.shape, strict=True)
+            found[leaf] = tuple(max(pair) for pair in sizes)
+    return found
+
+
+def zeros(linear: Linear, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> AdapterParam:
+    """A float32 variable for a layer or, if its kernel is stacked, for each layer of the stack."""
+    stack = linear.kernel.get_value().shape[:-2]
+    return AdapterParam(jnp.zeros((*stack, *shape)), axes=axes)
+
+
+def constant(linear: Linear) -> AdapterConstant:
+    """A float32 number for each layer of a stack."""
+    return AdapterConstant(jnp.zeros(linear.kernel.get_value().shape[:-2]), axes=())
+
+
+def padded(value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """The value in the corner of a zero array, float32."""
+    array = np.zeros(shape, np.float32)
+    array[tuple(slice(size) for size in value.shape)] = value
+    return array
+
+
+def layer_key(key: jax.Array, index: int, stack: tuple[int, ...]) -> SeedKey:
+    """The random key of slot `index`, for each layer of its stack another."""
+    key = jax.random.fold_in(key, index)
+    return SeedKey(jax.random.split(key, stack) if stack else key)
+
+
+def dropped(x: jax.Array, rate: float, key: SeedKey) -> jax.Array:
+    """Dropout: zero with probability `rate`, else divided by 1 - rate."""
+    keep = jax.random.bernoulli(key.get_value(), 1 - rate, x.shape)
+    return jnp.where(keep, x / (1 - rate), 0)
