@@ -7,7 +7,8 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,6 +47,29 @@ def every_few_seconds(label: str) -> Callable[[int, int], None]:
             info(f"{label}: {done} of {total}")
 
     return report
+
+
+@contextmanager
+def counting(label: str) -> Iterator[Callable[[str], None]]:
+    """A progress callback for work whose end is not known: a line that moves on a terminal, else
+    one every ten seconds; nothing for work of two seconds."""
+    began = last = time.monotonic()
+    is_terminal = sys.stdout.isatty() and process.is_first()
+
+    def report(text: str) -> None:
+        nonlocal last
+        now = time.monotonic()
+        line = f"{label}: {text} after {now - began:.0f} s"
+        if is_terminal and now - began > 2:
+            sys.stdout.write(f"\r\x1b[K{line}")
+            sys.stdout.flush()
+        elif now - last > 10:
+            last = now
+            info(line)
+
+    yield report
+    if is_terminal:
+        sys.stdout.write("\r\x1b[K")
 
 
 class Log:

@@ -207,6 +207,14 @@ class Data:
     max_line_bytes: int = _field(8 << 20, "longest accepted line of a JSONL file", low=1024)
     shuffle: bool = _field(True, "new deterministic order every epoch")
     prefetch: int = _field(2, "batches prepared ahead by a background thread", low=0, high=64)
+    cache: str | None = _field(
+        None,
+        "folder where tokenized files are kept for later runs; empty: they are not; default: "
+        "$XDG_CACHE_HOME/jaxtune/tokens or ~/.cache/jaxtune/tokens",
+    )
+    workers: int = _field(
+        0, "processes that tokenize files of more than 8192 rows; 0: one for each core", low=0
+    )
     allow_change: bool = _field(False, "resume although the training data differ from the run's")
 
     @property

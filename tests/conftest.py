@@ -17,6 +17,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="jaxtune-tests-")
 atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
+os.environ["XDG_CACHE_HOME"] = os.environ["HF_HOME"]  # tokenized data
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")

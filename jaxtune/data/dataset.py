@@ -1,26 +1,28 @@
 """The whole way from files to tokenized rows, with everything that was left out counted."""
 
-import dataclasses
+import functools
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from jaxtune.data import sources
-from jaxtune.data.batch import TokenRow
+from jaxtune.data import cache, sources, table
+from jaxtune.data.chunks import COUNTED
 from jaxtune.data.formats import Example, recognise, to_example
 from jaxtune.data.sources import BadRow, RowError
-from jaxtune.data.tokenize import Chat, chat_of, rows_of
+from jaxtune.data.table import Chunk, TokenTable
+from jaxtune.data.tokenize import chat_of
+from jaxtune.data.workers import make_chunks
 from jaxtune.errors import ConfigError, DataError, WeightError, listing
+from jaxtune.log import counting
 from jaxtune.schema import Data
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-COUNTED = ("truncated", "dropped", "untrained", "split", "unended")  # fields of Stats
-BATCH = 512  # examples tokenized together
 # The options that change what a row of the training data is; a change of one is a change of data.
 ROW_OPTIONS = (
     *("format", "max_seq_len", "packing", "packer", "isolated", "loss_weights", "train_on"),
@@ -76,21 +78,28 @@ class Dataset:
 
     Attributes:
         rows: what is trained or evaluated on.
-        examples: the conversations behind the rows (for evaluation by generation).
         fingerprint: sha256 over file contents, options and ids; equal means equal batches.
+        tokenizer: sha256 of the tokenizer and its chat template.
         stats: what was read, left out and cut.
+        read_examples: reads the conversations behind the rows.
     """
 
-    rows: list[TokenRow]
-    examples: list[Example]
+    rows: TokenTable
     fingerprint: str
+    tokenizer: str
     stats: Stats
+    read_examples: Callable[[], list[Example]]
+
+    @functools.cached_property
+    def examples(self) -> list[Example]:
+        """The conversations behind the rows (for evaluation by generation), read from the files."""
+        return self.read_examples()
 
 
 def load(
     cfg: Data, tokenizer: "PreTrainedTokenizerFast", *, seed: int, vocab_size: int
 ) -> tuple[Dataset, Dataset | None]:
-    """Reads and tokenizes the training and held-out data.
+    """Reads and tokenizes the training and held-out data, or finds them in the cache.
 
     Args:
         cfg: the data section of the config.
@@ -108,143 +117,163 @@ def load(
     """
     if not cfg.train:
         raise ConfigError("data.train is empty - name at least one file of training data")
-    chat = chat_of(tokenizer)
-    train, train_bad = _read_examples(cfg.train, cfg)
-    held_out: list[Example] = []
-    held_out_files = cfg.eval
+    chat_of(tokenizer)  # a template that cannot be used is named before files are read
+    files = _Files(cfg.train, cfg, tokenizer, vocab_size)
     if cfg.eval:
-        held_out, held_out_bad = _read_examples(cfg.eval, cfg)
-    elif cfg.eval_fraction > 0:
-        train, held_out = _split(train, cfg.eval_fraction, seed)
-        held_out_files, held_out_bad = cfg.train, []
-    dataset = _tokenize(train, train_bad, cfg.train, cfg, chat, vocab_size)
-    if not held_out_files:
-        return dataset, None
-    return dataset, _tokenize(held_out, held_out_bad, held_out_files, cfg, chat, vocab_size)
+        return files.dataset(), _Files(cfg.eval, cfg, tokenizer, vocab_size).dataset()
+    if not cfg.eval_fraction:
+        return files.dataset(), None
+    held_out = _held_out(~files.is_bad, cfg.eval_fraction, seed)
+    return files.dataset(~held_out), files.dataset(held_out)
 
 
-def _read_examples(paths: Sequence[str], cfg: Data) -> tuple[list[Example], list[BadRow]]:
-    """Reads and converts all rows of all files."""
-    examples: list[Example] = []
-    bad: list[BadRow] = []
+def read_examples(paths: Sequence[str], cfg: Data) -> Iterator[Example | BadRow]:
+    """Reads and converts the rows of all files, one after the other."""
     for path in paths:
         format_name = None if cfg.format == "auto" else cfg.format
         for row in sources.read(path, cfg.max_line_bytes):
             if isinstance(row, BadRow):
-                bad.append(row)
+                yield row
                 continue
             format_name = format_name or recognise(row)
             try:
-                examples.append(to_example(row, format_name))
+                yield to_example(row, format_name)
             except RowError as error:
-                bad.append(BadRow(row.origin, error.field, error.reason))
-    return examples, bad
+                yield BadRow(row.origin, error.field, error.reason)
 
 
-def _split(
-    examples: list[Example], fraction: float, seed: int
-) -> tuple[list[Example], list[Example]]:
-    """Holds out a share of the examples: at least one, and never all."""
-    if not examples:
-        return [], []
-    if len(examples) < 2:
-        raise DataError(
-            f"data.eval_fraction={fraction} cannot split one row - name data.eval files"
-        )
-    count = min(max(1, round(len(examples) * fraction)), len(examples) - 1)
-    chosen = set(np.random.default_rng(seed).permutation(len(examples))[:count].tolist())
-    kept = [example for i, example in enumerate(examples) if i not in chosen]
-    return kept, [examples[i] for i in sorted(chosen)]
+def check_bad(bad: Sequence[str], records: int, cfg: Data) -> None:
+    """Applies `on_bad_row` to the bad ones among so many records.
 
-
-def _tokenize(
-    examples: list[Example],
-    bad: list[BadRow],
-    paths: Sequence[str],
-    cfg: Data,
-    chat: Chat,
-    vocab_size: int,
-) -> Dataset:
-    """Tokenizes examples and applies the policies on bad, over-long and empty rows."""
-    records = len(examples) + len(bad)
-    rows: list[TokenRow] = []
-    kept: list[Example] = []
-    counts: dict[str, int] = dict.fromkeys(COUNTED, 0)
-    too_long: list[str] = []
-    for example, made in _tokenized(examples, chat, cfg.train_on):
-        if isinstance(made, RowError):
-            bad.append(BadRow(example.origin, made.field, made.reason))
-            continue
-        counts["split"] += len(made) - 1
-        fitted = [_fit(row, cfg, counts) for row in made]
-        if cfg.overlong == "error":
-            lengths = (len(row.tokens) for row in made)
-            too_long += [f"{example.origin}: {n} tokens" for n in lengths if n > cfg.max_seq_len]
-        has_answer = any(m.content.strip() for m in example.messages if m.role == "assistant")
-        usable = [row for row in fitted if row and has_answer and row.trained.any()]
-        counts["untrained"] += sum(row is not None for row in fitted) - len(usable)
-        counts["unended"] += has_answer and not chat.is_ended(made[-1])
-        rows += usable
-        kept += [example] * bool(usable)
-    _check_bad(bad, records, cfg)
-    if too_long:
-        raise DataError(
-            f"{len(too_long)} rows are longer than data.max_seq_len={cfg.max_seq_len} - raise it, "
-            f"or set data.overlong to truncate_right, truncate_left or drop:{listing(too_long)}"
-        )
-    stats = Stats(
-        records=records,
-        bad=len(bad),
-        rows=len(rows),
-        tokens=sum(len(row.tokens) for row in rows),
-        trained_tokens=sum(int(row.trained.sum()) for row in rows),
-        longest=max((len(row.tokens) for row in rows), default=0),
-        **counts,
-    )
-    if not rows:
-        raise DataError(f"{', '.join(paths)}: no usable row{_why_none(stats)}")
-    _check_vocabulary(rows, chat, vocab_size)
-    return Dataset(rows, kept, _fingerprint(rows, paths, cfg), stats)
-
-
-def _tokenized(
-    examples: list[Example], chat: Chat, train_on: str
-) -> Iterator[tuple[Example, list[TokenRow] | RowError]]:
-    """Tokenizes in batches, since the offsets of a batch take far more memory than its ids."""
-    for first in range(0, len(examples), BATCH):
-        some = examples[first : first + BATCH]
-        yield from zip(some, rows_of(chat, some, train_on), strict=True)
-
-
-def _fit(row: TokenRow, cfg: Data, counts: dict[str, int]) -> TokenRow | None:
-    """Applies `overlong` to one row; None where the row is dropped."""
-    limit = cfg.max_seq_len
-    if len(row.tokens) <= limit or cfg.cuts_examples:
-        return row
-    if cfg.overlong in ("drop", "error"):
-        counts["dropped"] += 1
-        return None
-    counts["truncated"] += 1
-    if cfg.overlong == "truncate_right":
-        return TokenRow(row.tokens[:limit], row.trained[:limit])
-    trained = row.trained[-limit:].copy()
-    trained[0] = False  # its context is gone
-    return TokenRow(row.tokens[-limit:], trained)
-
-
-def _check_bad(bad: list[BadRow], records: int, cfg: Data) -> None:
+    Raises:
+        DataError: there are any, or more than `max_bad_fraction` where they may be skipped.
+    """
     if not bad:
         return
     found = f"{len(bad)} of {records} rows are bad"
     if cfg.on_bad_row == "error":
-        raise DataError(
-            f"{found} - repair them, or set data.on_bad_row=skip:{listing(map(str, bad))}"
-        )
+        raise DataError(f"{found} - repair them, or set data.on_bad_row=skip:{listing(bad)}")
     if len(bad) > cfg.max_bad_fraction * records:
         raise DataError(
             f"{found}, more than data.max_bad_fraction={cfg.max_bad_fraction} - repair them, "
-            f"or raise the limit:{listing(map(str, bad))}"
+            f"or raise the limit:{listing(bad)}"
         )
+
+
+def check_vocabulary(highest: int, tokenizer: "PreTrainedTokenizerFast", vocab_size: int) -> None:
+    """Raises WeightError if the model has no embedding for the highest id.
+
+    It would not fail on the device: the lookup there clamps it in silence.
+    """
+    if highest >= vocab_size:
+        text = tokenizer.convert_ids_to_tokens(highest)
+        raise WeightError(
+            f"the tokenizer makes token id {highest} ({text!r}), but the model has only "
+            f"{vocab_size} embeddings - set model.tokenizer to the model's own tokenizer"
+        )
+
+
+class _Files:
+    """Some files, tokenized, of whose examples datasets are made."""
+
+    def __init__(
+        self,
+        paths: Sequence[str],
+        cfg: Data,
+        tokenizer: "PreTrainedTokenizerFast",
+        vocab_size: int,
+    ):
+        self._paths, self._cfg = paths, cfg
+        self._tokenizer = cache.tokenizer_identity(tokenizer)
+        self._made = cache.tokenized(
+            paths, cfg, tokenizer, lambda folder: _write(folder, paths, cfg, tokenizer)
+        )
+        check_vocabulary(self._made.highest, tokenizer, vocab_size)
+        self.is_bad = self._made.counts[:, COUNTED.index("bad")] > 0
+
+    def dataset(self, part: np.ndarray | None = None) -> Dataset:
+        """The dataset of some records, bool [E]; None: of all.
+
+        Raises:
+            DataError: nothing usable remains of them.
+        """
+        made = self._made
+        part = np.ones(len(made.counts), bool) if part is None else part
+        rows = np.flatnonzero(part[made.owners])
+        chosen = made.table.select(rows)
+        counts = made.counts[part].sum(axis=0).tolist()
+        stats = Stats(
+            records=int(part.sum()),
+            rows=len(rows),
+            tokens=int(chosen.lengths.sum()),
+            trained_tokens=int(made.targets[rows].sum()),
+            longest=int(chosen.lengths.max(initial=0)),
+            **dict(zip(COUNTED, counts, strict=True)),
+        )
+        if not stats.rows:
+            raise DataError(f"{', '.join(self._paths)}: no usable row{_why_none(stats)}")
+        kept = set(made.owners[rows].tolist())
+        return Dataset(
+            rows=chosen,
+            fingerprint=self._fingerprint(part),
+            tokenizer=self._tokenizer,
+            stats=stats,
+            read_examples=lambda: self._read(kept),
+        )
+
+    def _read(self, kept: set[int]) -> list[Example]:
+        records = enumerate(read_examples(self._paths, self._cfg))
+        return [row for i, row in records if i in kept and not isinstance(row, BadRow)]
+
+    def _fingerprint(self, part: np.ndarray) -> str:
+        total = hashlib.sha256(sources.hash_files(self._paths).encode())
+        options = [(name, getattr(self._cfg, name)) for name in ROW_OPTIONS]
+        total.update(repr((options, self._made.digest)).encode() + part.tobytes())
+        return total.hexdigest()
+
+
+def _write(
+    folder: Path, paths: Sequence[str], cfg: Data, tokenizer: "PreTrainedTokenizerFast"
+) -> None:
+    """Tokenizes files into a folder."""
+
+    def checked() -> Iterator[Chunk]:
+        bad: list[str] = []
+        overlong: list[str] = []
+        records = rows = tokens = 0
+        with counting("tokenizing") as report:
+            for chunk in make_chunks(read_examples(paths, cfg), tokenizer, cfg):
+                yield chunk
+                bad += chunk.bad
+                overlong += chunk.overlong
+                records += len(chunk.counts)
+                rows += len(chunk.lengths)
+                tokens += len(chunk.tokens)
+                report(f"{rows:,} rows, {tokens:,} tokens")
+        check_bad(bad, records, cfg)
+        if overlong:
+            raise DataError(
+                f"{len(overlong)} rows are longer than data.max_seq_len={cfg.max_seq_len} - raise "
+                f"it, or set data.overlong to truncate_right, truncate_left or drop:"
+                f"{listing(overlong)}"
+            )
+
+    table.write(folder, checked())
+
+
+def _held_out(usable: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+    """Which records are held out, bool [E]: a share of the usable ones, at least one, never all."""
+    places = np.flatnonzero(usable)
+    chosen = np.zeros(len(usable), bool)
+    if not len(places):
+        return chosen
+    if len(places) < 2:
+        raise DataError(
+            f"data.eval_fraction={fraction} cannot split one row - name data.eval files"
+        )
+    count = min(max(1, round(len(places) * fraction)), len(places) - 1)
+    chosen[places[np.random.default_rng(seed).permutation(len(places))[:count]]] = True
+    return chosen
 
 
 def _why_none(stats: Stats) -> str:
@@ -257,24 +286,3 @@ def _why_none(stats: Stats) -> str:
     }
     counted = ", ".join(f"{count} {what}" for what, count in reasons.items() if count)
     return f" ({stats.records} read: {counted}) - check answers and data.max_seq_len"
-
-
-def _check_vocabulary(rows: list[TokenRow], chat: Chat, vocab_size: int) -> None:
-    # An id beyond the table would not fail on the device: the lookup clamps it silently.
-    highest = max(int(row.tokens.max()) for row in rows)
-    if highest >= vocab_size:
-        text = chat.tokenizer.convert_ids_to_tokens(highest)
-        raise WeightError(
-            f"the tokenizer makes token id {highest} ({text!r}), but the model has only "
-            f"{vocab_size} embeddings - set model.tokenizer to the model's own tokenizer"
-        )
-
-
-def _fingerprint(rows: list[TokenRow], paths: Sequence[str], cfg: Data) -> str:
-    total = hashlib.sha256(sources.hash_files(paths).encode())
-    options = dataclasses.asdict(cfg)
-    total.update(repr([(name, options[name]) for name in ROW_OPTIONS]).encode())
-    for row in rows:
-        total.update(np.int64(len(row.tokens)).tobytes() + row.tokens.tobytes())
-        total.update(row.trained.tobytes())
-    return total.hexdigest()

@@ -21,7 +21,7 @@ import numpy as np
 from jaxtune.data.batch import TokenBatch, TokenRow
 from jaxtune.data.dataset import Dataset
 from jaxtune.data.packing import PACKERS, Plan, stack_rows, unpacked
-from jaxtune.errors import DataError
+from jaxtune.errors import DataError, WeightError
 from jaxtune.schema import Data
 
 T = TypeVar("T")
@@ -68,7 +68,7 @@ class Loader:
             position: where to go on, as an earlier iterator gave it; default: the beginning.
 
         Raises:
-            DataError: the position belongs to other data or another order.
+            DataError, WeightError: the position belongs to other data or another order.
         """
         start = self._position(0, 0) if position is None else self._checked(position)
         return _ahead(self._generate(start), self.cfg.prefetch)
@@ -82,16 +82,7 @@ class Loader:
 
     def _checked(self, position: Position) -> Position:
         if not self.cfg.allow_change:
-            for key, mine in (("fingerprint", self.dataset.fingerprint), ("seed", self.seed)):
-                if position[key] != mine:
-                    what = {
-                        "fingerprint": "the training data or their options differ from the run's",
-                        "seed": f"train.seed={mine} differs from the run's {position[key]}",
-                    }[key]
-                    raise DataError(
-                        f"{what}, so its order cannot be continued - restore them, or set "
-                        "data.allow_change=true"
-                    )
+            check_position(position, self._position(0, 0))
         return position
 
     def _generate(self, position: Position) -> Iterator[tuple[TokenBatch, Position]]:
@@ -109,6 +100,7 @@ class Loader:
     def _position(self, epoch: int, row: int) -> Position:
         seen = epoch * len(self.dataset.rows) + (self._plan_of(epoch).seen(row) if row else 0)
         return {
+            "tokenizer": self.dataset.tokenizer,
             "fingerprint": self.dataset.fingerprint,
             "seed": self.seed,
             "epoch": epoch,
@@ -126,7 +118,7 @@ class Loader:
         return self._plan[1]
 
     def _make_plan(self, epoch: int) -> Plan:
-        lengths = np.array([len(row.tokens) for row in self.dataset.rows], np.int64)
+        lengths = self.dataset.rows.lengths
         order = list(range(len(lengths)))
         if self.cfg.shuffle:
             order = np.random.default_rng([self.seed, epoch]).permutation(len(order)).tolist()
@@ -185,6 +177,24 @@ def make_loader(
     return Loader(
         dataset, cfg, rows, accumulation, seed, tuple(range(rows)) if held is None else held
     )
+
+
+def check_position(position: Position, mine: Position) -> None:
+    """Compares where a run stood with a position of the data at hand.
+
+    Raises:
+        WeightError: the tokenizer is another one.
+        DataError: the data, their options or the seed are.
+    """
+    advice = "so its order cannot be continued - restore it, or set data.allow_change=true"
+    if position.get("tokenizer", mine["tokenizer"]) != mine["tokenizer"]:
+        raise WeightError(f"the tokenizer or its chat template is not the run's, {advice}")
+    if position["fingerprint"] != mine["fingerprint"]:
+        raise DataError(f"the training data or their options differ from the run's, {advice}")
+    if position["seed"] != mine["seed"]:
+        raise DataError(
+            f"train.seed={mine['seed']} differs from the run's {position['seed']}, {advice}"
+        )
 
 
 class _End:

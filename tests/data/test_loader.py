@@ -9,7 +9,8 @@ import pytest
 
 from jaxtune.data import Dataset, Stats, TokenRow, make_loader
 from jaxtune.data.loader import _ahead
-from jaxtune.errors import DataError
+from jaxtune.data.table import table_of
+from jaxtune.errors import DataError, WeightError
 from jaxtune.schema import Data
 
 PACKED = Data(max_seq_len=64, packing=True)
@@ -24,7 +25,7 @@ def made_dataset(count=37, seed=0, fingerprint="f"):
         TokenRow(np.arange(n, dtype=np.int32) + 1000 * i, np.arange(n) >= n // 2)
         for i, n in enumerate(lengths.tolist())
     ]
-    return Dataset(rows, [], fingerprint, Stats())
+    return Dataset(table_of(rows), fingerprint, "t", Stats(), list)
 
 
 def rows_in(batch):
@@ -136,13 +137,15 @@ def test_num_steps():
     assert steps == {0: 0, 0.1: 1, 0.5: 2, 1: 3, 1.4: 5, 2: 6, 30: 90}
 
 
-def test_other_data_or_seed_are_refused_unless_allowed():
+def test_another_tokenizer_data_or_seed_are_refused_unless_allowed():
     position = take(make_loader(made_dataset(), PACKED, rows=2), 2)[-1][1]
     other = make_loader(made_dataset(fingerprint="g"), PACKED, rows=2)
     with pytest.raises(DataError, match="training data or their options differ.*allow_change"):
         other.batches(position)
     with pytest.raises(DataError, match="train.seed=7 differs from the run's 0"):
         make_loader(made_dataset(), PACKED, rows=2, seed=7).batches(position)
+    with pytest.raises(WeightError, match="the tokenizer or its chat template is not the run's"):
+        make_loader(made_dataset(), PACKED, rows=2).batches({**position, "tokenizer": "u"})
     allowed = dataclasses.replace(PACKED, allow_change=True)
     changed = make_loader(made_dataset(5, fingerprint="g"), allowed, rows=2)
     # The position lies beyond the end of the smaller epoch: the next epoch begins.
@@ -153,7 +156,7 @@ def test_other_data_or_seed_are_refused_unless_allowed():
 def test_longest_padding_rounds_up():
     cfg = dataclasses.replace(PADDED, max_seq_len=1000, pad_to="longest")
     row = TokenRow(np.zeros(70, np.int32), np.ones(70, bool))
-    dataset = Dataset([row] * 3, [], "f", Stats())
+    dataset = Dataset(table_of([row] * 3), "f", "t", Stats(), list)
     (batch, _), *_ = take(make_loader(dataset, cfg, rows=2), 1)
     assert batch.tokens.shape == (1, 2, 128)
     cfg = dataclasses.replace(cfg, max_seq_len=100)

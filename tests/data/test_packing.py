@@ -7,6 +7,7 @@ import pytest
 from jaxtune.data import Dataset, Stats, make_loader
 from jaxtune.data.batch import TokenRow
 from jaxtune.data.packing import PACKERS, best_fit, concat, greedy, next_fit, stack_rows
+from jaxtune.data.table import table_of
 from jaxtune.schema import Data
 
 
@@ -85,7 +86,7 @@ def test_concat_cuts_long_examples_and_carries_their_tails():
 
 def test_rows_that_are_not_isolated_are_one_segment():
     made = [TokenRow(np.arange(n, dtype=np.int32), np.arange(n) > 0) for n in (3, 4, 2)]
-    dataset = Dataset(made, [], "f", Stats())
+    dataset = Dataset(table_of(made), "f", "t", Stats(), list)
     cfg = Data(max_seq_len=8, packer="concat", shuffle=False, isolated=False)
     (first, second) = make_loader(dataset, cfg, rows=1).one_pass()
     assert first.tokens.tolist() == [[0, 1, 2, 0, 1, 2, 3, 0]]

@@ -1,0 +1,109 @@
+"""Tokenized files on disk, shared by runs and processes.
+
+An entry is a folder named by a hash of everything that its content follows from: the files, the
+options, the tokenizer and the code that makes rows. It appears under its name by a rename, when it
+is whole; while one process makes it the others wait at a lock.
+"""
+
+import dataclasses
+import fcntl
+import functools
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from jaxtune.data import sources, table
+from jaxtune.data.table import Tokenized
+from jaxtune.log import warn
+from jaxtune.schema import Data
+
+# Fields of schema.Data that change nothing in the rows of a file.
+NOT_IN_ROWS = (
+    *("train", "eval", "eval_fraction", "packing", "packer", "isolated", "pad_to"),
+    *("loss_weights", "shuffle", "prefetch", "allow_change", "cache", "workers"),
+)
+
+
+def tokenized(
+    paths: Sequence[str], cfg: Data, tokenizer: Any, make: Callable[[Path], None]
+) -> Tokenized:
+    """The table of some files: from the cache, or made now and kept there.
+
+    Args:
+        paths: the files, as the config names them.
+        cfg: how they become rows, and where the cache is.
+        tokenizer: with its chat template.
+        make: writes the table into an empty folder.
+    """
+    root = _folder(cfg.cache)
+    if root is None:
+        # The files stay readable while they are mapped, though their names are gone.
+        with tempfile.TemporaryDirectory(prefix="jaxtune-tokens-") as folder:
+            make(Path(folder))
+            return table.read(Path(folder))
+    entry = root / _key(paths, cfg, tokenizer)
+    with _lock(entry.with_suffix(".lock")):
+        try:
+            return table.read(entry)
+        except FileNotFoundError:
+            pass
+        except (OSError, ValueError) as error:
+            warn(f"{entry} is damaged ({error}); its files are tokenized again")
+        shutil.rmtree(entry, ignore_errors=True)
+        with tempfile.TemporaryDirectory(prefix=entry.name[:8], dir=root) as folder:
+            part = Path(folder) / "part"
+            part.mkdir()
+            make(part)
+            part.rename(entry)
+        return table.read(entry)
+
+
+def tokenizer_identity(tokenizer: Any) -> str:
+    """sha256 of what a tokenizer and its chat template do."""
+    text = tokenizer.backend_tokenizer.to_str() + repr(tokenizer.special_tokens_map)
+    return hashlib.sha256(f"{text}{tokenizer.chat_template}".encode()).hexdigest()
+
+
+def _folder(name: str | None) -> Path | None:
+    """The folder of the cache, which exists; None if there is to be none."""
+    if name == "":
+        return None
+    default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "jaxtune" / "tokens"
+    folder = Path(name or default).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            return folder
+        problem = "not writable"
+    except OSError as error:
+        problem = error.strerror
+    warn(f"data.cache={folder}: {problem}; tokenized data are not kept")
+    return None
+
+
+def _key(paths: Sequence[str], cfg: Data, tokenizer: Any) -> str:
+    options = dataclasses.asdict(cfg)
+    parts = {name: value for name, value in options.items() if name not in NOT_IN_ROWS}
+    parts |= {"paths": list(paths), "files": sources.hash_files(paths), "code": _code()}
+    parts |= {"cuts": cfg.cuts_examples, "tokenizer": tokenizer_identity(tokenizer)}
+    return hashlib.sha256(repr(sorted(parts.items())).encode()).hexdigest()
+
+
+@functools.cache
+def _code() -> str:
+    """sha256 of this folder's modules: other code may make other rows."""
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
+@contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """Holds a lock that ends with the process; waits while another process has it."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,71 @@
+"""Examples -> tokenized rows that fit, with everything that was left out counted."""
+
+import numpy as np
+
+from jaxtune.data.batch import TokenRow
+from jaxtune.data.formats import Example
+from jaxtune.data.sources import BadRow, RowError
+from jaxtune.data.table import FLAG, TOKEN, Chunk
+from jaxtune.data.tokenize import Chat, rows_of
+from jaxtune.schema import Data
+
+COUNTED = ("bad", "truncated", "dropped", "untrained", "split", "unended")
+
+
+def make_chunk(records: list[Example | BadRow], chat: Chat, cfg: Data) -> Chunk:
+    """Tokenizes records in one batch and applies the policies on over-long and empty rows."""
+    rows: list[TokenRow] = []
+    owners: list[int] = []
+    counts: list[dict[str, int]] = []
+    bad: list[str] = []
+    overlong: list[str] = []
+    made_of = iter(rows_of(chat, [r for r in records if not isinstance(r, BadRow)], cfg.train_on))
+    for owner, example in enumerate(records):
+        count = dict.fromkeys(COUNTED, 0)
+        counts.append(count)
+        made = None if isinstance(example, BadRow) else next(made_of)
+        if isinstance(made, RowError):
+            example = BadRow(example.origin, made.field, made.reason)
+        if isinstance(example, BadRow):
+            count["bad"] = 1
+            bad.append(str(example))
+            continue
+        count["split"] = len(made) - 1
+        fitted = [_fit(row, cfg, count) for row in made]
+        if cfg.overlong == "error":
+            lengths = (len(row.tokens) for row in made)
+            overlong += [f"{example.origin}: {n} tokens" for n in lengths if n > cfg.max_seq_len]
+        has_answer = any(m.content.strip() for m in example.messages if m.role == "assistant")
+        usable = [row for row in fitted if row and has_answer and row.trained.any()]
+        count["untrained"] = sum(row is not None for row in fitted) - len(usable)
+        count["unended"] = int(has_answer and not chat.is_ended(made[-1]))
+        rows += usable
+        owners += [owner] * len(usable)
+    return Chunk(
+        tokens=np.concatenate([np.empty(0, TOKEN), *(row.tokens for row in rows)]),
+        trained=np.concatenate([np.empty(0, FLAG), *(row.trained for row in rows)]),
+        lengths=np.array([len(row.tokens) for row in rows], np.int64),
+        targets=np.array([np.count_nonzero(row.trained) for row in rows], np.int64),
+        owners=np.array(owners, np.int64),
+        counts=np.array([list(count.values()) for count in counts], np.int64).reshape(
+            -1, len(COUNTED)
+        ),
+        bad=bad,
+        overlong=overlong,
+    )
+
+
+def _fit(row: TokenRow, cfg: Data, counts: dict[str, int]) -> TokenRow | None:
+    """Applies `overlong` to one row; None where the row is dropped."""
+    limit = cfg.max_seq_len
+    if len(row.tokens) <= limit or cfg.cuts_examples:
+        return row
+    if cfg.overlong in ("drop", "error"):
+        counts["dropped"] += 1
+        return None
+    counts["truncated"] += 1
+    if cfg.overlong == "truncate_right":
+        return TokenRow(row.tokens[:limit], row.trained[:limit])
+    trained = row.trained[-limit:].copy()
+    trained[0] = False  # its context is gone
+    return TokenRow(row.tokens[-limit:], trained)

@@ -1,0 +1,111 @@
+"""Tokenization by several processes.
+
+A worker is this module run by a fresh interpreter; it gets the tokenizer and the options, then
+lists of records, and answers each with a chunk, all pickled through its pipes. `multiprocessing`
+would import the user's own script again, which may not guard its calls.
+"""
+
+import os
+import pickle
+import queue
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from typing import IO, Any
+
+from jaxtune.data.chunks import make_chunk
+from jaxtune.data.formats import Example
+from jaxtune.data.sources import BadRow
+from jaxtune.data.table import Chunk
+from jaxtune.data.tokenize import chat_of
+from jaxtune.errors import DataError
+from jaxtune.schema import Data
+
+BATCH = 512  # records tokenized together
+ALONE = 16  # batches before workers are worth their start of a few seconds
+
+
+def make_chunks(records: Iterator[Example | BadRow], tokenizer: Any, cfg: Data) -> Iterator[Chunk]:
+    """Tokenizes records in order, with `cfg.workers` processes once there are many."""
+    chat = chat_of(tokenizer)
+    batches = _batches(records)
+    for _, batch in zip(range(ALONE), batches, strict=False):
+        yield make_chunk(batch, chat, cfg)
+    first = next(batches, None)
+    if first is None:
+        return
+    count = cfg.workers or len(os.sched_getaffinity(0))
+    with ExitStack() as stack:
+        idle: queue.Queue[subprocess.Popen[bytes]] = queue.Queue()
+        for _ in range(count):
+            idle.put(stack.enter_context(_started(tokenizer, cfg)))
+        pool = ThreadPoolExecutor(count)
+        stack.callback(pool.shutdown, cancel_futures=True)
+        waiting: deque[Future[Chunk]] = deque([pool.submit(_ask, idle, first)])
+        for batch in batches:
+            waiting.append(pool.submit(_ask, idle, batch))
+            if len(waiting) > 2 * count:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def _batches(records: Iterator[Example | BadRow]) -> Iterator[list[Example | BadRow]]:
+    batch: list[Example | BadRow] = []
+    for record in records:
+        batch.append(record)
+        if len(batch) == BATCH:
+            yield batch
+            batch = []
+    yield batch  # may be empty, so that there is always one
+
+
+def _started(tokenizer: Any, cfg: Data) -> subprocess.Popen[bytes]:
+    """A worker that has been told its tokenizer and options; it ends when its input does."""
+    worker = subprocess.Popen(
+        [sys.executable, "-c", "from jaxtune.data import workers; workers.work()"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "TOKENIZERS_PARALLELISM": "false"},
+        start_new_session=True,  # Ctrl-C is for the process that asked
+    )
+    _send(worker.stdin, (tokenizer, cfg))
+    return worker
+
+
+def _ask(idle: "queue.Queue[subprocess.Popen[bytes]]", records: list[Example | BadRow]) -> Chunk:
+    worker = idle.get()
+    try:
+        _send(worker.stdin, records)
+        assert worker.stdout is not None
+        return pickle.load(worker.stdout)
+    except (EOFError, BrokenPipeError) as error:
+        raise DataError(
+            "a process that tokenizes has ended by itself, perhaps for want of memory - set "
+            "data.workers lower"
+        ) from error
+    finally:
+        idle.put(worker)
+
+
+def _send(pipe: IO[bytes] | None, value: Any) -> None:
+    assert pipe is not None
+    pickle.dump(value, pipe, pickle.HIGHEST_PROTOCOL)
+    pipe.flush()
+
+
+def work() -> None:
+    """What a worker does: answers lists of records with chunks until its input ends."""
+    asked, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # whatever a library prints is no answer
+    tokenizer, cfg = pickle.load(asked)
+    chat = chat_of(tokenizer)
+    while True:
+        try:
+            records = pickle.load(asked)
+        except EOFError:
+            return
+        _send(answers, make_chunk(records, chat, cfg))
