@@ -1,5 +1,7 @@
 """Examples -> tokenized rows that fit, with everything that was left out counted."""
 
+from collections.abc import Iterator, Sequence
+
 import numpy as np
 
 from jaxtune.data.batch import TokenRow
@@ -9,23 +11,19 @@ from jaxtune.data.table import FLAG, TOKEN, Chunk
 from jaxtune.data.tokenize import Chat, rows_of
 from jaxtune.schema import Data
 
-COUNTED = ("bad", "truncated", "dropped", "untrained", "split", "unended")
+COUNTED: tuple[str, ...] = ("bad", "truncated", "dropped", "untrained", "split", "unended")
 
 
-def make_chunk(records: list[Example | BadRow], chat: Chat, cfg: Data) -> Chunk:
+def make_chunk(records: Sequence[Example | BadRow], chat: Chat, cfg: Data) -> Chunk:
     """Tokenizes records in one batch and applies the policies on over-long and empty rows."""
     rows: list[TokenRow] = []
     owners: list[int] = []
     counts: list[dict[str, int]] = []
     bad: list[str] = []
     overlong: list[str] = []
-    made_of = iter(rows_of(chat, [r for r in records if not isinstance(r, BadRow)], cfg.train_on))
-    for owner, example in enumerate(records):
-        count = dict.fromkeys(COUNTED, 0)
+    for owner, (example, made) in enumerate(_tokenized(records, chat, cfg)):
+        count: dict[str, int] = dict.fromkeys(COUNTED, 0)
         counts.append(count)
-        made = None if isinstance(example, BadRow) else next(made_of)
-        if isinstance(made, RowError):
-            example = BadRow(example.origin, made.field, made.reason)
         if isinstance(example, BadRow):
             count["bad"] = 1
             bad.append(str(example))
@@ -53,6 +51,20 @@ def make_chunk(records: list[Example | BadRow], chat: Chat, cfg: Data) -> Chunk:
         bad=bad,
         overlong=overlong,
     )
+
+
+def _tokenized(
+    records: Sequence[Example | BadRow], chat: Chat, cfg: Data
+) -> Iterator[tuple[Example | BadRow, list[TokenRow]]]:
+    """Each record and its rows; one that the chat template refuses has become a bad row."""
+    good = [record for record in records if isinstance(record, Example)]
+    made_of = iter(rows_of(chat, good, cfg.train_on))
+    for record in records:
+        made = [] if isinstance(record, BadRow) else next(made_of)
+        if isinstance(record, Example) and isinstance(made, RowError):
+            yield BadRow(record.origin, made.field, made.reason), []
+        elif not isinstance(made, RowError):
+            yield record, made
 
 
 def _fit(row: TokenRow, cfg: Data, counts: dict[str, int]) -> TokenRow | None:
