@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from typing import IO, Any
+from typing import Any
 
 from jaxtune.data.chunks import make_chunk
 from jaxtune.data.formats import Example
@@ -26,6 +26,11 @@ from jaxtune.schema import Data
 
 BATCH = 512  # records tokenized together
 ALONE = 16  # batches before workers are worth their start of a few seconds
+
+LOST = (
+    "a process that tokenizes has ended by itself, perhaps for want of memory - set data.workers "
+    "lower"
+)
 
 
 def make_chunks(records: Iterator[Example | BadRow], tokenizer: Any, cfg: Data) -> Iterator[Chunk]:
@@ -41,7 +46,10 @@ def make_chunks(records: Iterator[Example | BadRow], tokenizer: Any, cfg: Data) 
     with ExitStack() as stack:
         idle: queue.Queue[subprocess.Popen[bytes]] = queue.Queue()
         for _ in range(count):
-            idle.put(stack.enter_context(_started(tokenizer, cfg)))
+            worker = _started()
+            stack.callback(_end, worker)
+            _send(worker, (tokenizer, cfg))
+            idle.put(worker)
         pool = ThreadPoolExecutor(count)
         stack.callback(pool.shutdown, cancel_futures=True)
         waiting: deque[Future[Chunk]] = deque([pool.submit(_ask, idle, first)])
@@ -63,49 +71,53 @@ def _batches(records: Iterator[Example | BadRow]) -> Iterator[list[Example | Bad
     yield batch  # may be empty, so that there is always one
 
 
-def _started(tokenizer: Any, cfg: Data) -> subprocess.Popen[bytes]:
-    """A worker that has been told its tokenizer and options; it ends when its input does."""
-    worker = subprocess.Popen(
+def _started() -> subprocess.Popen[bytes]:
+    """A worker, which ends when its input does."""
+    return subprocess.Popen(
         [sys.executable, "-c", "from jaxtune.data import workers; workers.work()"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         env={**os.environ, "JAX_PLATFORMS": "cpu", "TOKENIZERS_PARALLELISM": "false"},
         start_new_session=True,  # Ctrl-C is for the process that asked
     )
-    _send(worker.stdin, (tokenizer, cfg))
-    return worker
+
+
+def _end(worker: subprocess.Popen[bytes]) -> None:
+    worker.kill()
+    worker.communicate()
 
 
 def _ask(idle: "queue.Queue[subprocess.Popen[bytes]]", records: list[Example | BadRow]) -> Chunk:
     worker = idle.get()
     try:
-        _send(worker.stdin, records)
+        _send(worker, records)
         assert worker.stdout is not None
         return pickle.load(worker.stdout)
-    except (EOFError, BrokenPipeError) as error:
-        raise DataError(
-            "a process that tokenizes has ended by itself, perhaps for want of memory - set "
-            "data.workers lower"
-        ) from error
+    except EOFError as error:
+        raise DataError(LOST) from error
     finally:
         idle.put(worker)
 
 
-def _send(pipe: IO[bytes] | None, value: Any) -> None:
-    assert pipe is not None
-    pickle.dump(value, pipe, pickle.HIGHEST_PROTOCOL)
-    pipe.flush()
+def _send(worker: subprocess.Popen[bytes], value: Any) -> None:
+    assert worker.stdin is not None
+    try:
+        pickle.dump(value, worker.stdin, pickle.HIGHEST_PROTOCOL)
+        worker.stdin.flush()
+    except BrokenPipeError as error:
+        raise DataError(LOST) from error
 
 
 def work() -> None:
-    """What a worker does: answers lists of records with chunks until its input ends."""
+    """What a worker does: answers lists of records with chunks until nobody asks."""
     asked, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever a library prints is no answer
     tokenizer, cfg = pickle.load(asked)
     chat = chat_of(tokenizer)
-    while True:
-        try:
-            records = pickle.load(asked)
-        except EOFError:
-            return
-        _send(answers, make_chunk(records, chat, cfg))
+    try:
+        while True:
+            chunk = make_chunk(pickle.load(asked), chat, cfg)
+            pickle.dump(chunk, answers, pickle.HIGHEST_PROTOCOL)
+            answers.flush()
+    except (EOFError, BrokenPipeError):
+        return
