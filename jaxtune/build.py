@@ -27,6 +27,7 @@ from jaxtune.checkpoint.tensors import Checkpoint
 from jaxtune.distributed import batch_to_device, held_rows, to_device
 from jaxtune.errors import ConfigError
 from jaxtune.nn import quantized
+from jaxtune.nn.noise import Noise
 from jaxtune.nn.params import AdapterConstant, AdapterParam, Policy
 from jaxtune.nn.stack import stack_sizes
 from jaxtune.policy import loss_implementation, resolve_policy
@@ -161,9 +162,11 @@ def describe(config: RunConfig, mesh: Mesh, checkpoint: Checkpoint) -> Run:
     imported, adapters = _adapters(config.peft, base, checkpoint, family, stacks)
 
     def build() -> nnx.Module:
-        model = build_base()
+        model: Any = build_base()
         if adapters is not None:
             peft.attach(model, adapters)
+        if config.train.neftune_alpha:
+            model.embed.noise = nnx.data(Noise(config.train.neftune_alpha))
         return model
 
     skeleton = tree.describe(build)

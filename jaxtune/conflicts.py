@@ -5,6 +5,11 @@ import re
 from jaxtune.errors import nearest
 from jaxtune.schema import FETCHING, QUANT_FORMATS, Quant, RunConfig
 
+# Methods that train the model's own weights.
+WHOLE = ("full",)
+# Optimizers that see kernels at a low rank.
+PROJECTED = ("galore", "galore8bit", "apollo", "apollo_mini")
+
 
 def contradictions(config: RunConfig) -> list[str]:
     """Combinations of fields that cannot work, whatever the model."""
@@ -42,10 +47,20 @@ def contradictions(config: RunConfig) -> list[str]:
             "config.model.offload_frozen would keep the whole model in host memory for each "
             "device - set mesh.sharding_stage=3"
         )
-    if c.optim.offload and c.optim.name == "adamw8bit":
+    if c.optim.offload and c.optim.name in ("adamw8bit", "galore8bit"):
         problems.append(
             "config.optim.offload: XLA for TPU cannot compute with bytes in host memory - choose "
-            "optim.name=adamw, or leave adamw8bit's small state on the device"
+            f"optim.name=adamw, or leave {c.optim.name}'s small state on the device"
+        )
+    if c.optim.name in PROJECTED and c.peft.method not in WHOLE:
+        problems.append(
+            f"config.optim.name={c.optim.name} projects gradients of whole matrices, and "
+            f"peft.method={c.peft.method} trains only thin ones - use peft.method=full, or adamw"
+        )
+    if c.optim.embedding_learning_rate is not None and not c.optim.learning_rate:
+        problems.append(
+            "config.optim.embedding_learning_rate follows the schedule of optim.learning_rate, "
+            "which is 0 - set both"
         )
     problems += _unread(c)
     axes = c.mesh.axes()
@@ -81,6 +96,9 @@ def _unread(c: RunConfig) -> list[str]:
     """Fields that were set although another field makes sure that nobody reads them."""
     formats = {item.partition("=")[0] for item in c.quant.format}
     only_muon = c.optim.name == "muon" and c.peft.method == "lora"
+    no_projection = c.optim.name not in PROJECTED
+    no_b = f"peft.method={c.peft.method} has no A and B"
+    projection = ("projection_rank", "projection_gap", "projection_scale")
     rules = (
         (c.peft.method == "full", "model", ("offload_frozen",), "peft.method=full trains all"),
         (formats <= {"int8"}, "quant", ("block_size",), "no format of quant.format has blocks"),
@@ -93,6 +111,8 @@ def _unread(c: RunConfig) -> list[str]:
         (c.optim.schedule == "constant", "optim", ("min_lr_ratio",), "optim.schedule is constant"),
         (c.optim.name == "adafactor", "optim", ("b1", "b2", "eps"), "adafactor has its own"),
         (c.optim.name == "lion", "optim", ("eps",), "lion divides by nothing"),
+        (no_projection, "optim", projection, "only galore and apollo project gradients"),
+        (c.peft.method in WHOLE, "optim", ("loraplus_ratio",), no_b),
         (only_muon, "optim", ("b2", "eps"), "muon keeps no second moment of matrices"),
         (not c.eval.exact_match, "eval", ("max_rows", "max_new_tokens"), "needs eval.exact_match"),
     )

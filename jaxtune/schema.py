@@ -238,8 +238,19 @@ class Optim:
         "adamw",
         "adamw; adamw8bit: its moments in 8 bits, as bitsandbytes'; adafactor: factored second "
         "moment; lion: sign of the momentum; muon: orthogonalised momentum of matrices, adamw for "
-        "the rest",
-        choices=("adamw", "adamw8bit", "adafactor", "lion", "muon"),
+        "the rest; galore, galore8bit: adamw, adamw8bit of gradients projected to a low rank; "
+        "apollo, apollo_mini: gradients scaled as adamw scales a projection of them",
+        choices=(
+            "adamw",
+            "adamw8bit",
+            "adafactor",
+            "lion",
+            "muon",
+            "galore",
+            "galore8bit",
+            "apollo",
+            "apollo_mini",
+        ),
     )
     learning_rate: float = _field(2e-4, "peak learning rate", low=0.0, high=10.0)
     schedule: str = _field(
@@ -270,6 +281,33 @@ class Optim:
     )
     weight_decay: float = _field(0.0, "decoupled weight decay of matrices", low=0.0, high=1.0)
     max_grad_norm: float = _field(1.0, "global gradient norm is clipped to this; 0: off", low=0.0)
+    loraplus_ratio: float = _field(
+        1.0,
+        "learning rate of an adapter's B and of vectors, as a multiple of that of A (LoRA+; its "
+        "paper suggests 16)",
+        low=0.0,
+        high=1e6,
+    )
+    embedding_learning_rate: float | None = _field(
+        None,
+        "peak learning rate of what is trained of the embedding; default: learning_rate",
+        low=0.0,
+        high=10.0,
+    )
+    projection_rank: int | None = _field(
+        None,
+        "rank of projected gradients; default: 128 for galore, galore8bit and apollo, 1 for "
+        "apollo_mini",
+        low=1,
+        high=65536,
+    )
+    projection_gap: int = _field(200, "optimizer steps that share a projection", low=1)
+    projection_scale: float | None = _field(
+        None,
+        "factor of the direction (of apollo: its square); default: galore 0.25, apollo 1, "
+        "apollo_mini 128",
+        low=0.0,
+    )
     offload: bool = _field(
         False, "keep the optimizer's state in host memory, on the device only during the update"
     )
@@ -296,6 +334,13 @@ class Train:
         "separate parts of the layers that each stage of mesh.stage holds: with more the stages "
         "wait less and exchange more; kept in checkpoints, so resume with the same",
         low=1,
+    )
+    neftune_alpha: float = _field(
+        0.0,
+        "uniform noise on embeddings while training, at most alpha / sqrt(tokens of the example x "
+        "width) (NEFTune; 5 to 15); 0: none",
+        low=0.0,
+        high=1e4,
     )
     max_bad_steps: int = _field(
         5, "consecutive non-finite steps (each skipped) before the run stops", low=1

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxtune import peft
+from jaxtune.nn import noise
 from jaxtune.optim import Apply, apply_whole
 from jaxtune.tree import Params, Skeleton
 
@@ -57,7 +58,7 @@ def make_train_step(
         skeleton: the model without arrays.
         objective: (model, micro-batch) -> sum of losses and other sums.
         tx, schedule: the optimizer and its learning rate.
-        seed: of dropout.
+        seed: of dropout and noise.
         state_shardings: where the new state goes.
         apply: how the optimizer's step is taken; `optim.make_apply` chooses.
         gradient_shardings: where the sums of gradients are, by name; None: like the parameters.
@@ -70,6 +71,7 @@ def make_train_step(
     def loss(trainable: Params, frozen: Params, micro: Any, key: jax.Array) -> tuple:
         model = skeleton.model({**frozen, **trainable})
         peft.seed(model, key)
+        noise.seed(model, key)
         return objective(model, micro)
 
     def gradient(trainable: Params, frozen: Params, micro: Any, key: jax.Array) -> tuple:

@@ -125,6 +125,11 @@ def test_wrong_overrides(tmp_path: Path, option: str, message: str):
         (["model.offload_frozen=true", "model.layers=unroll"], "fetches layers in a scan"),
         (["optim.name=adafactor", "optim.b1=0.9"], "b1=0.9 would be ignored: adafactor has its"),
         (["optim.name=lion", "optim.eps=1e-6"], "eps=1e-06 would be ignored: lion"),
+        (["optim.name=galore"], "trains only thin ones"),
+        (["optim.name=galore8bit", "peft.method=full", "optim.offload=true"], "bytes in host mem"),
+        (["optim.projection_rank=4"], "only galore and apollo project gradients"),
+        (["peft.method=full", "optim.loraplus_ratio=16"], "has no A and B"),
+        (["optim.learning_rate=0", "optim.embedding_learning_rate=1e-4"], "set both"),
         (["optim.name=muon", "optim.b2=0.9"], "b2=0.9 would be ignored: muon keeps no second"),
     ],
 )

@@ -135,7 +135,7 @@ class Decoder(nnx.Module):
             rope, segments = rows
             return block(x, rope, segments, slots)
 
-        x = constrained(self.embed(tokens), OUTER_RESIDUAL, self.policy.mesh)
+        x = constrained(self.embed(tokens, segment_ids), OUTER_RESIDUAL, self.policy.mesh)
         rows = (rope, (segment_ids, key_segments))
         x, new = scan_layers(self.layers, x, rows, apply, caches, self.policy)
         if cache is not None and segment_ids is not None:

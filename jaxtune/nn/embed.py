@@ -1,4 +1,6 @@
-"""Token embedding; tied heads use its table too."""
+"""Token embedding with a slot for noise; tied heads use its table too."""
+
+from typing import Any
 
 import jax
 from flax import nnx
@@ -16,7 +18,9 @@ class Embed(nnx.Module):
         self.table = nnx.Param(
             normal(rngs.params(), (vocab_size, width), policy.param_dtype), axes=("vocab", "embed")
         )
+        self.noise: Any = nnx.data(None)
 
-    def __call__(self, tokens: jax.Array) -> jax.Array:
+    def __call__(self, tokens: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
         """int32 [B, T] -> [B, T, D]. Ids must be below V: JAX clamps them silently."""
-        return self.table.get_value()[tokens].astype(self.compute_dtype)
+        x = self.table.get_value()[tokens].astype(self.compute_dtype)
+        return x if self.noise is None else self.noise(x, segment_ids)

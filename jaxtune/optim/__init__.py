@@ -8,7 +8,8 @@ with a matrix as a whole (blocks, rows and columns, norms, orthogonalisation) it
 layer's matrix by itself.
 
 Bytes of state per trained parameter of a kernel: adamw 8, adamw8bit 2.03, lion and muon 4,
-adafactor 4 (D + F) / (D F), which is next to nothing.
+adafactor 4 (D + F) / (D F), which is next to nothing; with S the shorter and X the longer axis of a
+kernel, galore 8 R / S + 4 R / X, galore8bit 2.03 R / S + 4 R / X, apollo 8 R / S.
 """
 
 import functools
@@ -22,6 +23,8 @@ import optax
 from jaxtune.optim.adafactor import scale_by_adafactor
 from jaxtune.optim.adamw8bit import scale_by_adam8bit
 from jaxtune.optim.apply import Apply, apply_by_layer, apply_whole
+from jaxtune.optim.groups import rate_factors
+from jaxtune.optim.low_rank import scale_by_apollo, scale_by_galore
 from jaxtune.optim.muon import scale_by_muon
 from jaxtune.optim.schedules import make_schedule
 from jaxtune.schema import Optim
@@ -62,16 +65,51 @@ def _muon(config: Optim, axes: Axes) -> optax.GradientTransformation:
     return scale_by_muon(momentum, *_decays(config, 0.9, 0.999), config.eps, axes)
 
 
+def _galore(config: Optim, axes: Axes) -> optax.GradientTransformation:
+    return scale_by_galore(_adamw(config, axes), axes, **_projection(config, 128, 0.25))
+
+
+def _galore8bit(config: Optim, axes: Axes) -> optax.GradientTransformation:
+    return scale_by_galore(_adamw8bit(config, axes), axes, **_projection(config, 128, 0.25))
+
+
+def _apollo(config: Optim, axes: Axes) -> optax.GradientTransformation:
+    numbers = _projection(config, 128, 1.0)
+    return scale_by_apollo(
+        _decays(config, 0.9, 0.999), config.eps, axes, **numbers, by_channel=True
+    )
+
+
+def _apollo_mini(config: Optim, axes: Axes) -> optax.GradientTransformation:
+    numbers = _projection(config, 1, 128.0)
+    return scale_by_apollo(
+        _decays(config, 0.9, 0.999), config.eps, axes, **numbers, by_channel=False
+    )
+
+
+def _projection(config: Optim, rank: int, scale: float) -> dict[str, Any]:
+    """The config's numbers of a projection, or else the optimizer's own."""
+    return {
+        "rank": rank if config.projection_rank is None else config.projection_rank,
+        "gap": config.projection_gap,
+        "scale": scale if config.projection_scale is None else config.projection_scale,
+    }
+
+
 OPTIMIZERS: Mapping[str, Constructor] = {
     "adamw": _adamw,
     "adamw8bit": _adamw8bit,
     "adafactor": _adafactor,
     "lion": _lion,
     "muon": _muon,
+    "galore": _galore,
+    "galore8bit": _galore8bit,
+    "apollo": _apollo,
+    "apollo_mini": _apollo_mini,
 }
 
 # Not elementwise: the intermediate values of all layers at once take more memory than is saved.
-BY_LAYER = ("adamw8bit", "muon")
+BY_LAYER = ("adamw8bit", "muon", "galore", "galore8bit", "apollo", "apollo_mini")
 
 
 def _decays(config: Optim, b1: float, b2: float) -> tuple[float, float]:
@@ -99,14 +137,22 @@ def make_optimizer(
     def is_matrix(params: Any) -> dict[str, bool]:
         return {name: len(axes[name]) >= 2 for name in params}
 
-    step = optax.chain(
+    parts = [
         OPTIMIZERS[config.name](config, axes),
         optax.add_decayed_weights(config.weight_decay, is_matrix),
         optax.scale_by_learning_rate(schedule),
-    )
+    ]
+    factors = rate_factors(config, axes)
+    if factors:
+        parts.append(optax.stateless(lambda updates, _: _scaled(updates, factors)))
+    step = optax.chain(*parts)
     if not config.max_grad_norm:
         return step
     return optax.chain(_clip(config.max_grad_norm), step)
+
+
+def _scaled(updates: Any, factors: Mapping[str, float]) -> Any:
+    return {name: update * factors.get(name, 1.0) for name, update in updates.items()}
 
 
 def make_apply(config: Optim, axes: Axes, stages: int = 1) -> Apply:

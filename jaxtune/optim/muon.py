@@ -14,6 +14,8 @@ import optax
 from optax.contrib import MuonDimensionNumbers
 from optax.contrib import scale_by_muon as scale_by_orthogonal
 
+from jaxtune.optim.groups import is_kernel
+
 ADAMW_RMS = 0.2
 
 
@@ -37,12 +39,8 @@ def scale_by_muon(
     )
     return optax.partition(
         {"muon": matrices, "adam": optax.scale_by_adam(b1, b2, eps)},
-        lambda params: {name: _kind(axes[name]) for name in params},
+        lambda params: {name: "muon" if is_kernel(axes[name]) else "adam" for name in params},
     )
-
-
-def _kind(names: tuple[str | None, ...]) -> str:
-    return "muon" if len(names) >= 2 and "vocab" not in names else "adam"
 
 
 def _last_two(updates: Any) -> Any:

@@ -11,6 +11,15 @@ from jaxtune.optim import OPTIMIZERS, make_optimizer, make_schedule
 from jaxtune.optim.apply import apply_by_layer, apply_whole
 from jaxtune.schema import Optim
 from tests import tolerances
+from tests.optim.paths import (
+    AXES,
+    assert_same_path,
+    constant,
+    each_layer,
+    random_tree,
+    train,
+    train_torch,
+)
 from tests.oracle import difference
 
 
@@ -89,79 +98,6 @@ def test_adamw_and_clipping_are_those_of_torch(max_grad_norm: float):
             assert difference(ours[name], parameter.detach().numpy()) <= 2e-6, (step, name)
 
 
-# Two layers of a matrix and of a vector, and a table.
-AXES = {
-    "layers.0.up.kernel": ("embed", "mlp"),
-    "layers.0.up.bias": ("mlp",),
-    "embed.table": ("vocab", "embed"),
-}
-SHAPES = {"layers.0.up.kernel": (2, 12, 20), "layers.0.up.bias": (2, 20), "embed.table": (30, 12)}
-
-
-def random_tree(seed: int, scale: float = 1.0) -> dict[str, jax.Array]:
-    random = np.random.default_rng(seed)
-    return {
-        name: jnp.asarray(scale * random.normal(size=shape), jnp.float32)
-        for name, shape in SHAPES.items()
-    }
-
-
-def each_layer(tree: Any) -> dict[str, np.ndarray]:
-    """Every layer's array by itself."""
-    arrays = {}
-    for name, array in tree.items():
-        stack = array.ndim > len(AXES[name])
-        layers = array if stack else [array]
-        arrays |= {f"{name} {i}": np.asarray(layer) for i, layer in enumerate(layers)}
-    return arrays
-
-
-def train(numbers: Optim, steps: int = 20) -> list[dict[str, np.ndarray]]:
-    """Parameters after each step on random gradients, layer by layer."""
-    tx = make_optimizer(numbers, make_schedule(numbers, steps), AXES)
-    params, update = random_tree(99), jax.jit(tx.update)
-    state, history = tx.init(params), []
-    for step in range(steps):
-        updates, state = update(random_tree(step, 0.3 + step % 3), state, params)
-        params = optax.apply_updates(params, updates)
-        history.append(each_layer(params))
-    return history
-
-
-def train_torch(make: Any, numbers: Optim, steps: int = 20) -> list[dict[str, np.ndarray]]:
-    """The same with torch optimizers: `make(parameters, weight_decay)`."""
-    import torch
-
-    params = {
-        name: torch.nn.Parameter(torch.tensor(array))
-        for name, array in each_layer(random_tree(99)).items()
-    }
-    optimizers = [make([p], numbers.weight_decay if p.ndim > 1 else 0.0) for p in params.values()]
-    history = []
-    for step in range(steps):
-        grads = each_layer(random_tree(step, 0.3 + step % 3))
-        for name, param in params.items():
-            param.grad = torch.tensor(grads[name])
-        if numbers.max_grad_norm:
-            torch.nn.utils.clip_grad_norm_(list(params.values()), numbers.max_grad_norm)
-        for optimizer in optimizers:
-            optimizer.step()
-        history.append({name: p.detach().numpy().copy() for name, p in params.items()})
-    return history
-
-
-def assert_same_path(got: list[dict], expected: list[dict], tolerance: float) -> None:
-    for step, (ours, theirs) in enumerate(zip(got, expected, strict=True)):
-        assert ours.keys() == theirs.keys()
-        for name, array in theirs.items():
-            assert difference(ours[name], array) <= tolerance, (step, name)
-
-
-def constant(name: str, **changes: Any) -> Optim:
-    numbers = {"learning_rate": 0.02, "schedule": "constant", "weight_decay": 0.1}
-    return Optim(name=name, **numbers | changes)
-
-
 def test_adafactor_is_transformers():
     from transformers.optimization import Adafactor
 
@@ -232,8 +168,14 @@ def test_muon_begins_as_torch_does():
         assert change <= 3e-2, name  # torch iterates in bfloat16
 
 
+SLOW = ("galore8bit", "apollo")  # their parts are those of adamw8bit, galore and apollo_mini
+
+
 @pytest.mark.parametrize("stages", [1, 2])
-@pytest.mark.parametrize("name", sorted(OPTIMIZERS))
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in sorted(OPTIMIZERS)],
+)
 def test_parameters_one_by_one_are_parameters_at_once(name: str, stages: int):
     numbers = constant(name)
     tx = make_optimizer(numbers, make_schedule(numbers, 10), AXES)

@@ -26,6 +26,8 @@ ONE, EIGHT = {"data": 1, "fsdp": 1, "tensor": 1}, {"data": 1, "fsdp": 4, "tensor
 WIDE = {"hidden_size": 256, "intermediate_size": 320, "num_attention_heads": 4, "head_dim": 16}
 NAMES = sorted(OPTIMIZERS)
 FAST = ("adamw8bit", "muon")  # adamw is in tests/test_step.py
+# Their compilation takes half a minute; tests/optim/test_low_rank.py spreads one kernel.
+LONG = ("galore", "galore8bit", "apollo", "apollo_mini")
 
 
 class Trainee:
@@ -131,7 +133,9 @@ def assert_same(got: Any, expected: Any) -> None:
         assert np.mean(change > limit) <= 1e-3
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow if n in LONG else ()) for n in NAMES]
+)
 def test_eight_devices_are_one_device(name: str):
     assert_same(Trainee(name, EIGHT).step_alone(3), Trainee(name, ONE).step_alone(3))
 
