@@ -42,7 +42,7 @@ def make_chunks(records: Iterator[Example | BadRow], tokenizer: Any, cfg: Data) 
     first = next(batches, None)
     if first is None:
         return
-    count = cfg.workers or len(os.sched_getaffinity(0))
+    count = cfg.workers or os.cpu_count() or 1
     with ExitStack() as stack:
         idle: queue.Queue[subprocess.Popen[bytes]] = queue.Queue()
         for _ in range(count):
