@@ -33,6 +33,12 @@ def contradictions(config: RunConfig) -> list[str]:
         problems.append("config.data: set eval or eval_fraction, not both")
     if (c.eval.every_steps or c.eval.exact_match) and not (c.data.eval or c.data.eval_fraction):
         problems.append("config.eval needs held-out rows - set data.eval or data.eval_fraction")
+    if c.data.streaming and c.train.num_steps is None:
+        problems.append("config.data.streaming does not count rows - set train.num_steps")
+    if c.data.streaming and c.data.eval_fraction:
+        problems.append("config.data.eval_fraction needs all rows - name data.eval files to stream")
+    if c.data.streaming and not c.data.packing and c.data.pad_to == "longest":
+        problems.append("config.data.pad_to=longest: processes of a stream see their own rows only")
     if c.train.num_steps is None and c.train.num_epochs == 0:
         problems.append("config.train: set num_steps, or num_epochs above 0")
     if c.model.offload_frozen and c.model.layers == "unroll":
@@ -106,6 +112,7 @@ def _unread(c: RunConfig) -> list[str]:
         (c.data.packing, "data", ("pad_to",), "data.packing fills rows of max_seq_len"),
         (not c.data.packing, "data", ("packer", "isolated"), "needs data.packing=true"),
         (c.data.cuts_examples, "data", ("overlong",), "data.packer=concat cuts between rows"),
+        (not c.data.streaming, "data", ("shuffle_units",), "needs data.streaming=true"),
         (c.data.on_bad_row == "error", "data", ("max_bad_fraction",), "needs on_bad_row=skip"),
         (c.train.num_steps is not None, "train", ("num_epochs",), "train.num_steps decides"),
         (c.optim.schedule == "constant", "optim", ("min_lr_ratio",), "optim.schedule is constant"),

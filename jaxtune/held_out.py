@@ -62,9 +62,7 @@ class HeldOut:
         config = self._run.config
         rows = config.eval.batch_size * batch_shards(self._run.mesh)
         held = self._run.held_rows(rows)
-        loader = data.make_loader(
-            dataset, config.data, rows=rows, seed=config.train.seed, held=held
-        )
+        loader = data.Loader(dataset, config.data, rows, 1, config.train.seed, held)
         return (self._run.put(batch, rows) for batch in loader.one_pass())
 
     def answer(self, step: int, trainable: Params) -> dict[str, Path]:

@@ -2,13 +2,16 @@
 
 import math
 import time
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, TypeVar
 
 from jaxtune.build import Run
 from jaxtune.data import TokenBatch
 from jaxtune.errors import NumericsError
 from jaxtune.hardware import peak_flops
 from jaxtune.log import Log
+
+T = TypeVar("T")
 
 
 class Meter:
@@ -31,6 +34,14 @@ class Meter:
         self._flops_per_token = run.flops_per_token(mean_length)
         self._waiting: tuple[int, dict[str, Any], int] | None = None
         self._clock, self._tokens, self._slots = time.monotonic(), 0.0, 0
+        self._waited = 0.0
+
+    def take(self, items: Iterator[T]) -> T:
+        """The next item of the data; the time until it is there is reported as `data_wait`."""
+        began = time.monotonic()
+        item = next(items)
+        self._waited += time.monotonic() - began
+        return item
 
     def add(self, step: int, metrics: dict[str, Any], batch: TokenBatch) -> None:
         """Takes a step's metrics, still being computed; reports those of the step before.
@@ -66,7 +77,7 @@ class Meter:
 
     def restart_clock(self) -> None:
         """Leaves the time since the last row (an evaluation, a save) out of the speed."""
-        self._clock = time.monotonic()
+        self._clock, self._waited = time.monotonic(), 0.0
 
     def _write(self, step: int, row: dict[str, float]) -> None:
         now = time.monotonic()
@@ -74,8 +85,9 @@ class Meter:
         row["perplexity"] = math.exp(min(row["loss"], 700.0))
         row["tokens_per_second"] = speed
         row["padding_ratio"] = 1 - self._tokens / self._slots
+        row["data_wait"] = self._waited / (now - self._clock)
         if self._peak is not None:
             row["mfu"] = speed * self._flops_per_token / self._peak
-        self._clock, self._tokens, self._slots = now, 0.0, 0
+        self._clock, self._tokens, self._slots, self._waited = now, 0.0, 0, 0.0
         self.last = row
         self._log.write(step, "train", row)

@@ -206,6 +206,15 @@ class Data:
     )
     max_line_bytes: int = _field(8 << 20, "longest accepted line of a JSONL file", low=1024)
     shuffle: bool = _field(True, "new deterministic order every epoch")
+    streaming: bool = _field(
+        False, "read and tokenize while training, without a cache or a count of rows"
+    )
+    shuffle_units: int = _field(
+        4,
+        "with streaming: units (256 KiB of JSON lines, or another file) from anywhere in the data "
+        "whose rows are mixed and packed together, in memory for each row of a batch",
+        low=1,
+    )
     prefetch: int = _field(2, "batches prepared ahead by a background thread", low=0, high=64)
     cache: str | None = _field(
         None,

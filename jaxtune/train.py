@@ -103,16 +103,15 @@ def _train(cfg: RunConfig, folder: Path, stop: StopSignal, watchdog: Watchdog) -
         vote = distributed.Vote(run.mesh)
         if vote.decide(stop.received is not None):
             raise stop.error(f"stopped before step {start + 1} - start the same command again")
-        meter = Meter(run, log, _mean_length(batches.dataset))
+        meter = Meter(run, log, batches.dataset.mean_length)
         cleanup.callback(watchdog.stop)
-        stream = batches.batches(position)
+        stream = batches.batches(position, lambda batch: run.put(batch, batches.rows))
         cleanup.callback(stream.close)
         for step in range(start + 1, num_steps + 1):
-            batch, position = next(stream)
+            batch, position = meter.take(stream)
             if fault("step_pre", step):
                 batch = dataclasses.replace(batch, weights=batch.weights * float("nan"))
             watchdog.start(step, batch.tokens.shape)
-            batch = run.put(batch, batches.rows)
             state, metrics = train_step(state, frozen, batch)
             meter.add(step, metrics, batch)
             fault("step_post", step)
@@ -125,7 +124,7 @@ def _train(cfg: RunConfig, folder: Path, stop: StopSignal, watchdog: Watchdog) -
             if last or stopping or _every(step, cfg.checkpoint.every_steps):
                 meter.flush()
                 metric = held_out.loss_at(step)
-                store.save(step, state, position, metric, final=last or stopping)
+                store.save(step, state, batches.whole(position), metric, final=last or stopping)
                 meter.restart_clock()
             if stopping and not last:
                 how = "" if cfg.checkpoint.resume == "auto" else " with checkpoint.resume=auto"
@@ -142,7 +141,9 @@ def _train(cfg: RunConfig, folder: Path, stop: StopSignal, watchdog: Watchdog) -
     return Result(num_steps, metrics, paths)
 
 
-def _describe(cfg: RunConfig) -> tuple[build.Run, Any, data.Loader, data.Dataset | None]:
+def _describe(
+    cfg: RunConfig,
+) -> tuple[build.Run, Any, data.Loader | data.Lanes, data.Dataset | None]:
     """Opens everything the run reads, and describes it; no weights are read."""
     mesh = make_mesh(cfg.mesh.axes())
     checkpoint = open_checkpoint(cfg.model.path, cfg.model.revision)
@@ -166,7 +167,10 @@ def _describe(cfg: RunConfig) -> tuple[build.Run, Any, data.Loader, data.Dataset
 
 
 def _check_processes(
-    cfg: RunConfig, folder: Path, train_set: data.Dataset, held_out_set: data.Dataset | None
+    cfg: RunConfig,
+    folder: Path,
+    train_set: data.Dataset | data.Stream,
+    held_out_set: data.Dataset | None,
 ) -> None:
     """Raises ConfigError if the processes would not run the same, or do not share the folder."""
     place = dataclasses.replace(cfg.distributed, process_id=None, local_device_ids=())
@@ -215,7 +219,10 @@ def _store(cfg: RunConfig, folder: Path) -> Store:
 
 
 def _report(
-    run: build.Run, train_set: data.Dataset, held_out_set: data.Dataset | None, num_steps: int
+    run: build.Run,
+    train_set: data.Dataset | data.Stream,
+    held_out_set: data.Dataset | None,
+    num_steps: int,
 ) -> None:
     """Says what is about to happen."""
     if not process.is_first():
@@ -246,10 +253,6 @@ def _fingerprint(cfg: RunConfig) -> str:
     model = dataclasses.replace(cfg.model, offload_frozen=False)
     parts = (model, cfg.peft, cfg.objective, dataclasses.replace(cfg.optim, offload=False))
     return hashlib.sha256(repr(parts).encode()).hexdigest()
-
-
-def _mean_length(dataset: data.Dataset) -> float:
-    return dataset.stats.tokens / len(dataset.rows)
 
 
 def _every(step: int, interval: int) -> bool:

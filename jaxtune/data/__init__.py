@@ -12,15 +12,19 @@ record --formats--> Example --tokenize--> TokenRow --packing, loader--> TokenBat
 from jaxtune.data.batch import TokenBatch, TokenRow
 from jaxtune.data.dataset import Dataset, Stats, load
 from jaxtune.data.formats import Example, Message
+from jaxtune.data.lanes import Lanes
 from jaxtune.data.loader import Loader, make_loader
+from jaxtune.data.stream import Stream
 from jaxtune.data.tokenize import load_tokenizer, prompt_ids, split_answer, stop_ids
 
 __all__ = [
     "Dataset",
     "Example",
+    "Lanes",
     "Loader",
     "Message",
     "Stats",
+    "Stream",
     "TokenBatch",
     "TokenRow",
     "load",

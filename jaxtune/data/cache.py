@@ -26,6 +26,7 @@ from jaxtune.schema import Data
 NOT_IN_ROWS = (
     *("train", "eval", "eval_fraction", "packing", "packer", "isolated", "pad_to"),
     *("loss_weights", "shuffle", "prefetch", "allow_change", "cache", "workers"),
+    *("streaming", "shuffle_units"),
 )
 
 

@@ -1,6 +1,7 @@
 """Examples -> tokenized rows that fit, with everything that was left out counted."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -9,7 +10,11 @@ from jaxtune.data.formats import Example
 from jaxtune.data.sources import BadRow, RowError
 from jaxtune.data.table import FLAG, TOKEN, Chunk
 from jaxtune.data.tokenize import Chat, rows_of
+from jaxtune.errors import DataError, WeightError, listing
 from jaxtune.schema import Data
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 COUNTED: tuple[str, ...] = ("bad", "truncated", "dropped", "untrained", "split", "unended")
 
@@ -53,6 +58,42 @@ def make_chunk(records: Sequence[Example | BadRow], chat: Chat, cfg: Data) -> Ch
     )
 
 
+def check_chunks(chunks: Iterable[Chunk], cfg: Data) -> Iterator[Chunk]:
+    """Passes chunks on and, after the last, judges what was bad in all of them.
+
+    Raises:
+        DataError: there are bad rows, or more than `max_bad_fraction` where they may be skipped; or
+            rows are too long and `overlong` is "error".
+    """
+    bad: list[str] = []
+    overlong: list[str] = []
+    records = 0
+    for chunk in chunks:
+        yield chunk
+        bad += chunk.bad
+        overlong += chunk.overlong
+        records += len(chunk.counts)
+    _check_bad(bad, records, cfg)
+    if overlong:
+        raise DataError(
+            f"{len(overlong)} rows are longer than data.max_seq_len={cfg.max_seq_len} - raise it, "
+            f"or set data.overlong to truncate_right, truncate_left or drop:{listing(overlong)}"
+        )
+
+
+def check_vocabulary(highest: int, tokenizer: "PreTrainedTokenizerFast", vocab_size: int) -> None:
+    """Raises WeightError if the model has no embedding for the highest id.
+
+    It would not fail on the device: the lookup there clamps it in silence.
+    """
+    if highest >= vocab_size:
+        text = tokenizer.convert_ids_to_tokens(highest)
+        raise WeightError(
+            f"the tokenizer makes token id {highest} ({text!r}), but the model has only "
+            f"{vocab_size} embeddings - set model.tokenizer to the model's own tokenizer"
+        )
+
+
 def _tokenized(
     records: Sequence[Example | BadRow], chat: Chat, cfg: Data
 ) -> Iterator[tuple[Example | BadRow, list[TokenRow]]]:
@@ -81,3 +122,16 @@ def _fit(row: TokenRow, cfg: Data, counts: dict[str, int]) -> TokenRow | None:
     trained = row.trained[-limit:].copy()
     trained[0] = False  # its context is gone
     return TokenRow(row.tokens[-limit:], trained)
+
+
+def _check_bad(bad: Sequence[str], records: int, cfg: Data) -> None:
+    if not bad:
+        return
+    found = f"{len(bad)} of {records} rows are bad"
+    if cfg.on_bad_row == "error":
+        raise DataError(f"{found} - repair them, or set data.on_bad_row=skip:{listing(bad)}")
+    if len(bad) > cfg.max_bad_fraction * records:
+        raise DataError(
+            f"{found}, more than data.max_bad_fraction={cfg.max_bad_fraction} - repair them, "
+            f"or raise the limit:{listing(bad)}"
+        )

@@ -10,24 +10,21 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from jaxtune.data import cache, sources, table
-from jaxtune.data.chunks import COUNTED
-from jaxtune.data.formats import Example, recognise, to_example
-from jaxtune.data.sources import BadRow, RowError
+from jaxtune.data.chunks import COUNTED, check_chunks, check_vocabulary
+from jaxtune.data.formats import Example
+from jaxtune.data.position import ROW_OPTIONS
+from jaxtune.data.records import read_examples
+from jaxtune.data.sources import BadRow
+from jaxtune.data.stream import Stream, open_stream
 from jaxtune.data.table import Chunk, TokenTable
 from jaxtune.data.tokenize import chat_of
 from jaxtune.data.workers import make_chunks
-from jaxtune.errors import ConfigError, DataError, WeightError, listing
+from jaxtune.errors import ConfigError, DataError
 from jaxtune.log import counting
 from jaxtune.schema import Data
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
-
-# The options that change what a row of the training data is; a change of one is a change of data.
-ROW_OPTIONS = (
-    *("format", "max_seq_len", "packing", "packer", "isolated", "loss_weights", "train_on"),
-    *("overlong", "shuffle"),
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +87,11 @@ class Dataset:
     stats: Stats
     read_examples: Callable[[], list[Example]]
 
+    @property
+    def mean_length(self) -> float:
+        """Tokens of a row."""
+        return self.stats.tokens / len(self.rows)
+
     @functools.cached_property
     def examples(self) -> list[Example]:
         """The conversations behind the rows (for evaluation by generation), read from the files."""
@@ -98,8 +100,10 @@ class Dataset:
 
 def load(
     cfg: Data, tokenizer: "PreTrainedTokenizerFast", *, seed: int, vocab_size: int
-) -> tuple[Dataset, Dataset | None]:
+) -> tuple[Dataset | Stream, Dataset | None]:
     """Reads and tokenizes the training and held-out data, or finds them in the cache.
+
+    With `streaming` the training data are only opened.
 
     Args:
         cfg: the data section of the config.
@@ -118,6 +122,9 @@ def load(
     if not cfg.train:
         raise ConfigError("data.train is empty - name at least one file of training data")
     chat_of(tokenizer)  # a template that cannot be used is named before files are read
+    if cfg.streaming:
+        held_out = _Files(cfg.eval, cfg, tokenizer, vocab_size).dataset() if cfg.eval else None
+        return open_stream(cfg.train, cfg, tokenizer, vocab_size), held_out
     files = _Files(cfg.train, cfg, tokenizer, vocab_size)
     if cfg.eval:
         return files.dataset(), _Files(cfg.eval, cfg, tokenizer, vocab_size).dataset()
@@ -125,52 +132,6 @@ def load(
         return files.dataset(), None
     held_out = _held_out(~files.is_bad, cfg.eval_fraction, seed)
     return files.dataset(~held_out), files.dataset(held_out)
-
-
-def read_examples(paths: Sequence[str], cfg: Data) -> Iterator[Example | BadRow]:
-    """Reads and converts the rows of all files, one after the other."""
-    for path in paths:
-        format_name = None if cfg.format == "auto" else cfg.format
-        for row in sources.read(path, cfg.max_line_bytes):
-            if isinstance(row, BadRow):
-                yield row
-                continue
-            format_name = format_name or recognise(row)
-            try:
-                yield to_example(row, format_name)
-            except RowError as error:
-                yield BadRow(row.origin, error.field, error.reason)
-
-
-def check_bad(bad: Sequence[str], records: int, cfg: Data) -> None:
-    """Applies `on_bad_row` to the bad ones among so many records.
-
-    Raises:
-        DataError: there are any, or more than `max_bad_fraction` where they may be skipped.
-    """
-    if not bad:
-        return
-    found = f"{len(bad)} of {records} rows are bad"
-    if cfg.on_bad_row == "error":
-        raise DataError(f"{found} - repair them, or set data.on_bad_row=skip:{listing(bad)}")
-    if len(bad) > cfg.max_bad_fraction * records:
-        raise DataError(
-            f"{found}, more than data.max_bad_fraction={cfg.max_bad_fraction} - repair them, "
-            f"or raise the limit:{listing(bad)}"
-        )
-
-
-def check_vocabulary(highest: int, tokenizer: "PreTrainedTokenizerFast", vocab_size: int) -> None:
-    """Raises WeightError if the model has no embedding for the highest id.
-
-    It would not fail on the device: the lookup there clamps it in silence.
-    """
-    if highest >= vocab_size:
-        text = tokenizer.convert_ids_to_tokens(highest)
-        raise WeightError(
-            f"the tokenizer makes token id {highest} ({text!r}), but the model has only "
-            f"{vocab_size} embeddings - set model.tokenizer to the model's own tokenizer"
-        )
 
 
 class _Files:
@@ -237,28 +198,16 @@ def _write(
 ) -> None:
     """Tokenizes files into a folder."""
 
-    def checked() -> Iterator[Chunk]:
-        bad: list[str] = []
-        overlong: list[str] = []
-        records = rows = tokens = 0
+    def counted() -> Iterator[Chunk]:
+        rows = tokens = 0
         with counting("tokenizing") as report:
             for chunk in make_chunks(read_examples(paths, cfg), tokenizer, cfg):
                 yield chunk
-                bad += chunk.bad
-                overlong += chunk.overlong
-                records += len(chunk.counts)
                 rows += len(chunk.lengths)
                 tokens += len(chunk.tokens)
                 report(f"{rows:,} rows, {tokens:,} tokens")
-        check_bad(bad, records, cfg)
-        if overlong:
-            raise DataError(
-                f"{len(overlong)} rows are longer than data.max_seq_len={cfg.max_seq_len} - raise "
-                f"it, or set data.overlong to truncate_right, truncate_left or drop:"
-                f"{listing(overlong)}"
-            )
 
-    table.write(folder, checked())
+    table.write(folder, check_chunks(counted(), cfg))
 
 
 def _held_out(usable: np.ndarray, fraction: float, seed: int) -> np.ndarray:

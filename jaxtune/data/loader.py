@@ -9,29 +9,28 @@ An epoch shows every example exactly once: its last batch is filled up with empt
 """
 
 import math
-import queue
-import threading
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import numpy as np
 
-from jaxtune.data.batch import TokenBatch, TokenRow
+from jaxtune.data.ahead import ahead
+from jaxtune.data.batch import TokenBatch
 from jaxtune.data.dataset import Dataset
-from jaxtune.data.packing import PACKERS, Plan, stack_rows, unpacked
-from jaxtune.errors import DataError, WeightError
+from jaxtune.data.lanes import Lanes
+from jaxtune.data.packing import Plan, cut_row, make_plan, stack_rows
+from jaxtune.data.position import Position, check_position
+from jaxtune.data.stream import Stream
 from jaxtune.schema import Data
 
-T = TypeVar("T")
-Position = dict[str, Any]
 LENGTH_STEP = 64  # pad_to=longest rounds up to a multiple, to compile for few lengths
 
 
 @dataclass
 class Loader:
-    """Batches of a dataset; make it with `make_loader`.
+    """Batches of a dataset.
 
     Attributes:
         dataset: where the rows come from.
@@ -58,20 +57,26 @@ class Loader:
         return steps + (math.ceil(part * self._steps_in(whole)) if part > 0 else 0)
 
     def batches(
-        self, position: Position | None = None
-    ) -> Generator[tuple[TokenBatch, Position], None, None]:
+        self, position: Position | None = None, place: Callable[[TokenBatch], Any] = lambda b: b
+    ) -> Generator[tuple[Any, Position], None, None]:
         """Yields, without end, a step's batch [A, held rows, T] and the position after it.
 
         Batches are prepared by a background thread, which ends when the iterator is closed.
 
         Args:
             position: where to go on, as an earlier iterator gave it; default: the beginning.
+            place: what the thread does with a batch at last: brings it to the devices.
 
         Raises:
             DataError, WeightError: the position belongs to other data or another order.
         """
         start = self._position(0, 0) if position is None else self._checked(position)
-        return _ahead(self._generate(start), self.cfg.prefetch)
+        placed = ((place(batch), after) for batch, after in self._generate(start))
+        return ahead(placed, self.cfg.prefetch)
+
+    def whole(self, position: Position) -> Position:
+        """The position for a checkpoint, which is the same in every process."""
+        return position
 
     def one_pass(self) -> Iterator[TokenBatch]:
         """Yields batches [held rows, T] of every row once, in the order of the first epoch."""
@@ -122,9 +127,7 @@ class Loader:
         order = list(range(len(lengths)))
         if self.cfg.shuffle:
             order = np.random.default_rng([self.seed, epoch]).permutation(len(order)).tolist()
-        if not self.cfg.packing:
-            return unpacked(lengths, order)
-        return PACKERS[self.cfg.packer](lengths, order, self.cfg.max_seq_len)
+        return make_plan(lengths, order, self.cfg)
 
     def _build(self, plan: Plan, first: int, accumulation: int) -> TokenBatch:
         """The arrays [A, held rows, T] of this process's share of A * B rows of the plan."""
@@ -134,108 +137,34 @@ class Loader:
             stops = plan.pieces[first : first + count, 2]  # a row holds one example
             length = min(length, math.ceil(int(stops.max()) / LENGTH_STEP) * LENGTH_STEP)
         own = [
-            self._row(plan, first + a * self.rows + row)
+            cut_row(self.dataset.rows, plan, first + a * self.rows + row, self.cfg.isolated)
             for a in range(accumulation)
             for row in self.held
         ]
         batch = stack_rows(own, length, self.cfg.loss_weights)
         return jax.tree.map(lambda x: x.reshape(accumulation, len(self.held), length), batch)
 
-    def _row(self, plan: Plan, index: int) -> list[TokenRow]:
-        """The examples of a row, as one if they are not isolated; none behind the epoch's end."""
-        if index >= len(plan):
-            return []
-        rows = self.dataset.rows
-        cut = [
-            TokenRow(rows[i].tokens[start:stop], rows[i].trained[start:stop])
-            for i, start, stop in plan.row(index)
-        ]
-        if self.cfg.isolated:
-            return cut
-        return [TokenRow(*(np.concatenate(parts) for parts in zip(*cut, strict=True)))]
-
 
 def make_loader(
-    dataset: Dataset,
+    dataset: Dataset | Stream,
     cfg: Data,
     *,
     rows: int,
     accumulation: int = 1,
     seed: int = 0,
     held: tuple[int, ...] | None = None,
-) -> Loader:
-    """Makes a loader.
+) -> Loader | Lanes:
+    """Makes what gives batches: `num_steps`, `batches` and `whole`, whatever the data are.
 
     Args:
-        dataset: tokenized rows.
+        dataset: tokenized rows, or a stream.
         cfg: the data section of the config.
         rows: rows B of one forward pass, over all processes.
         accumulation: forward passes A of one optimizer step.
         seed: of the order of rows.
         held: which of the B rows this process builds, ascending; None: all of them.
     """
-    return Loader(
-        dataset, cfg, rows, accumulation, seed, tuple(range(rows)) if held is None else held
-    )
-
-
-def check_position(position: Position, mine: Position) -> None:
-    """Compares where a run stood with a position of the data at hand.
-
-    Raises:
-        WeightError: the tokenizer is another one.
-        DataError: the data, their options or the seed are.
-    """
-    advice = "so its order cannot be continued - restore it, or set data.allow_change=true"
-    if position.get("tokenizer", mine["tokenizer"]) != mine["tokenizer"]:
-        raise WeightError(f"the tokenizer or its chat template is not the run's, {advice}")
-    if position["fingerprint"] != mine["fingerprint"]:
-        raise DataError(f"the training data or their options differ from the run's, {advice}")
-    if position["seed"] != mine["seed"]:
-        raise DataError(
-            f"train.seed={mine['seed']} differs from the run's {position['seed']}, {advice}"
-        )
-
-
-class _End:
-    """Put in the queue after the last item; holds what the producer raised, if anything."""
-
-    def __init__(self, error: BaseException | None):
-        self.error = error
-
-
-def _ahead(items: Iterator[T], depth: int) -> Generator[T, None, None]:
-    """Yields `items`, computing up to `depth` of them ahead in a background thread."""
-    if depth == 0:
-        yield from items
-        return
-    ready: queue.Queue[T | _End] = queue.Queue(depth)
-    closed = threading.Event()
-
-    def put(item: T | _End) -> None:
-        while not closed.is_set():
-            try:
-                return ready.put(item, timeout=0.1)
-            except queue.Full:
-                continue
-
-    def produce() -> None:
-        try:
-            for item in items:
-                put(item)
-                if closed.is_set():
-                    return
-            put(_End(None))
-        except BaseException as error:  # raised again in the consumer's thread
-            put(_End(error))
-
-    thread = threading.Thread(target=produce, name="prefetch", daemon=True)
-    thread.start()
-    try:
-        while not isinstance(item := ready.get(), _End):
-            yield item
-        if item.error is not None:
-            raise item.error
-    finally:
-        closed.set()
-        thread.join()
+    held = tuple(range(rows)) if held is None else held
+    if isinstance(dataset, Stream):
+        return Lanes(dataset, rows, accumulation, seed, held)
+    return Loader(dataset, cfg, rows, accumulation, seed, held)

@@ -23,6 +23,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from jaxtune.data.batch import TokenBatch, TokenRow
+from jaxtune.data.table import TokenTable
+from jaxtune.schema import Data
+
+Rows = TokenTable | Sequence[TokenRow]
 
 LOOKAHEAD = 512
 BUFFER = 500
@@ -142,11 +146,6 @@ def concat(lengths: np.ndarray, order: Sequence[int], capacity: int) -> Plan:
     return Plan(pieces, np.append(np.searchsorted(cuts, rows), len(pieces)))
 
 
-def unpacked(lengths: np.ndarray, order: Sequence[int]) -> Plan:
-    """A row for each example."""
-    return _of_whole([[index] for index in order], lengths)
-
-
 def _of_whole(rows: Sequence[Sequence[int]], lengths: np.ndarray) -> Plan:
     """The plan of rows that hold whole examples."""
     indices = np.array([index for row in rows for index in row], np.int64)
@@ -160,6 +159,26 @@ PACKERS: dict[str, Callable[[np.ndarray, Sequence[int], int], Plan]] = {
     "next_fit": next_fit,
     "concat": concat,
 }
+
+
+def make_plan(lengths: np.ndarray, order: Sequence[int], cfg: Data) -> Plan:
+    """The rows of examples in an order, packed as the config says, or one example each."""
+    if not cfg.packing:
+        return _of_whole([[index] for index in order], lengths)
+    return PACKERS[cfg.packer](lengths, order, cfg.max_seq_len)
+
+
+def cut_row(rows: Rows, plan: Plan, index: int, isolated: bool) -> list[TokenRow]:
+    """The examples of a row, as one if they are not isolated; none behind the plan's end."""
+    if index >= len(plan):
+        return []
+    cut = [
+        TokenRow(rows[i].tokens[start:stop], rows[i].trained[start:stop])
+        for i, start, stop in plan.row(index)
+    ]
+    if isolated:
+        return cut
+    return [TokenRow(*(np.concatenate(parts) for parts in zip(*cut, strict=True)))]
 
 
 def stack_rows(

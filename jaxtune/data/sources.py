@@ -73,7 +73,7 @@ def read(path: str, max_line_bytes: int) -> Iterator[Record | BadRow]:
                 yield from _read_array(place, file.read())
             else:
                 file.seek(0)
-                yield from _read_lines(place, file, max_line_bytes)
+                yield from read_lines(place, file, max_line_bytes)
     except (OSError, EOFError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise DataError(f"cannot read {path}: {reason} - check the file") from error
@@ -114,7 +114,7 @@ def _starts_array(file: BinaryIO) -> bool:
     return head.startswith(b"[")
 
 
-def _read_lines(place: Path, file: BinaryIO, max_line_bytes: int) -> Iterator[Record | BadRow]:
+def read_lines(place: Path, file: BinaryIO, max_line_bytes: int) -> Iterator[Record | BadRow]:
     """One JSON object a line; blank lines count but hold nothing."""
     number = 0
     while line := file.readline(max_line_bytes + 1):

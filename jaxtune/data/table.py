@@ -7,7 +7,7 @@ A table in files is a folder: `tokens.bin` and `trained.bin` hold the rows one a
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -80,6 +80,17 @@ def table_of(rows: Iterable[TokenRow]) -> TokenTable:
     trained = [np.empty(0, FLAG), *(row.trained for row in rows)]
     return TokenTable(
         np.concatenate(tokens), np.concatenate(trained), np.cumsum(lengths) - lengths, lengths
+    )
+
+
+def joined(chunks: Sequence[Chunk]) -> TokenTable:
+    """The rows of all chunks as one table in memory."""
+    lengths = np.concatenate([chunk.lengths for chunk in chunks])
+    return TokenTable(
+        np.concatenate([chunk.tokens for chunk in chunks]),
+        np.concatenate([chunk.trained for chunk in chunks]),
+        np.cumsum(lengths) - lengths,
+        lengths,
     )
 
 

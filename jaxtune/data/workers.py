@@ -36,7 +36,7 @@ LOST = (
 def make_chunks(records: Iterator[Example | BadRow], tokenizer: Any, cfg: Data) -> Iterator[Chunk]:
     """Tokenizes records in order, with `cfg.workers` processes once there are many."""
     chat = chat_of(tokenizer)
-    batches = _batches(records)
+    batches = batches_of(records)
     for _, batch in zip(range(ALONE), batches, strict=False):
         yield make_chunk(batch, chat, cfg)
     first = next(batches, None)
@@ -61,14 +61,15 @@ def make_chunks(records: Iterator[Example | BadRow], tokenizer: Any, cfg: Data) 
             yield waiting.popleft().result()
 
 
-def _batches(records: Iterator[Example | BadRow]) -> Iterator[list[Example | BadRow]]:
+def batches_of(records: Iterator[Example | BadRow]) -> Iterator[list[Example | BadRow]]:
+    """Lists of `BATCH` records; the last one may be shorter, or empty."""
     batch: list[Example | BadRow] = []
     for record in records:
         batch.append(record)
         if len(batch) == BATCH:
             yield batch
             batch = []
-    yield batch  # may be empty, so that there is always one
+    yield batch
 
 
 def _started() -> subprocess.Popen[bytes]:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxtune.data import Dataset, Stats, TokenRow, make_loader
-from jaxtune.data.loader import _ahead
+from jaxtune.data.ahead import ahead
 from jaxtune.data.table import table_of
 from jaxtune.errors import DataError, WeightError
 from jaxtune.schema import Data
@@ -191,7 +191,7 @@ def test_prefetch_runs_ahead_by_its_depth_and_ends_when_closed():
             made.append(item)
             yield item
 
-    iterator = _ahead(produce(), 3)
+    iterator = ahead(produce(), 3)
     assert next(iterator) == 0
     deadline = time.monotonic() + 5
     while len(made) < 5 and time.monotonic() < deadline:
@@ -201,7 +201,7 @@ def test_prefetch_runs_ahead_by_its_depth_and_ends_when_closed():
     assert len(prefetch_threads()) == 1
     iterator.close()
     assert not prefetch_threads()
-    assert list(_ahead(iter(range(7)), 2)) == list(range(7))
+    assert list(ahead(iter(range(7)), 2)) == list(range(7))
 
 
 def test_prefetch_passes_on_what_the_producer_raises():
@@ -209,7 +209,7 @@ def test_prefetch_passes_on_what_the_producer_raises():
         yield 1
         raise DataError("the file vanished")
 
-    iterator = _ahead(produce(), 2)
+    iterator = ahead(produce(), 2)
     assert next(iterator) == 1
     with pytest.raises(DataError, match="the file vanished"):
         next(iterator)

@@ -1,0 +1,196 @@
+"""Files that are read as they are needed, for more data than anybody wants to tokenize first.
+
+A file of JSON lines is cut into units of `UNIT` bytes; a line belongs to the unit that it begins
+in. Other files are one unit each. An epoch is a permutation of the units of all files, and epochs
+follow each other without end, so a place in the stream is one number.
+"""
+
+import copy
+import functools
+import hashlib
+import io
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from jaxtune.data import cache, sources
+from jaxtune.data.chunks import check_chunks, check_vocabulary, make_chunk
+from jaxtune.data.formats import Example
+from jaxtune.data.position import ROW_OPTIONS
+from jaxtune.data.records import convert, read_examples
+from jaxtune.data.sources import BOM, BadRow
+from jaxtune.data.table import Chunk, TokenTable, joined
+from jaxtune.data.tokenize import chat_of
+from jaxtune.data.workers import batches_of
+from jaxtune.errors import DataError
+from jaxtune.schema import Data
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+UNIT = 1 << 18
+LARGEST = 1 << 28  # bytes of a file that has to be one unit
+# A large file is known by its size and so many places of so many bytes.
+PLACES, PLACE = 64, 1 << 16
+_one_at_a_time = threading.Lock()  # a fast tokenizer cannot be used by two threads
+PROBED = 8  # units looked at for a first usable row
+
+
+class Unit(NamedTuple):
+    """The rows of a file that begin at bytes `start` to `stop`; all rows if `stop` is None."""
+
+    path: str
+    start: int
+    stop: int | None
+
+
+@dataclass(frozen=True, eq=False)
+class Stream:
+    """Files to read from; make it with `open_stream`.
+
+    Attributes:
+        cfg: the data section of the config.
+        units: of all files, in order.
+        num_bytes: size of all files.
+        fingerprint: sha256 over what the files look like and the options.
+        tokenizer: sha256 of the tokenizer and its chat template.
+        mean_length: tokens of a row, in the first unit.
+    """
+
+    cfg: Data
+    units: Sequence[Unit]
+    num_bytes: int
+    fingerprint: str
+    tokenizer: str
+    mean_length: float
+    _tokenizer: "PreTrainedTokenizerFast"
+    _vocab_size: int
+
+    @property
+    def stats(self) -> str:
+        """What is known before everything was read."""
+        return (
+            f"streamed from {self.num_bytes / 2**20:,.1f} MiB in {len(self.units):,} units; rows "
+            f"of about {self.mean_length:.0f} tokens"
+        )
+
+    def read(self, first: int, count: int, seed: int) -> TokenTable:
+        """The rows of `count` units, of the endless sequence of epochs, from number `first` on.
+
+        Raises:
+            DataError, WeightError: as `dataset.load`, about these units.
+        """
+        numbers = range(first, first + count)
+        size = len(self.units)
+        if self.cfg.shuffle:
+            places = [_permutation(size, seed, n // size)[n % size] for n in numbers]
+        else:
+            places = [n % size for n in numbers]
+        return _table([self.units[p] for p in places], self.cfg, self._tokenizer, self._vocab_size)
+
+
+def open_stream(
+    paths: Sequence[str], cfg: Data, tokenizer: "PreTrainedTokenizerFast", vocab_size: int
+) -> Stream:
+    """Opens files as a stream and looks at their beginning.
+
+    Raises:
+        ConfigError, DataError, WeightError: as `dataset.load`.
+    """
+    units = [unit for path in paths for unit in _units(path)]
+    table = _table(units[:1], cfg, tokenizer, vocab_size)
+    for unit in units[1:PROBED]:
+        table = table if len(table) else _table([unit], cfg, tokenizer, vocab_size)
+    if not len(table):
+        raise DataError(f"{', '.join(paths)}: no usable row in the first units - check the files")
+    options = [(name, getattr(cfg, name)) for name in (*ROW_OPTIONS, "shuffle_units")]
+    identity = cache.tokenizer_identity(tokenizer)
+    looks = hashlib.sha256(repr((options, identity, UNIT)).encode())
+    for path in paths:
+        looks.update(_look(Path(path).expanduser()))
+    return Stream(
+        cfg=cfg,
+        units=units,
+        num_bytes=sum(Path(path).expanduser().stat().st_size for path in paths),
+        fingerprint=looks.hexdigest(),
+        tokenizer=identity,
+        mean_length=float(table.lengths.mean()),
+        _tokenizer=copy.deepcopy(tokenizer),  # used by threads while others use the original
+        _vocab_size=vocab_size,
+    )
+
+
+def _units(path: str) -> list[Unit]:
+    """The units of a file."""
+    place = Path(path).expanduser()
+    if not place.is_file():
+        # The error that says what is wrong with the name, if anything is.
+        next(sources.read(path, 0), None)
+        raise DataError(f"data.streaming reads files, and {path} is a folder - name its files")
+    size = place.stat().st_size
+    with place.open("rb") as file:
+        head = file.read(1 << 16).removeprefix(BOM).lstrip()
+    if head.startswith(b"{"):
+        return [Unit(path, start, min(start + UNIT, size)) for start in range(0, size, UNIT)]
+    if size > LARGEST:
+        raise DataError(
+            f"{path} has {size / 2**20:,.0f} MiB; data.streaming takes files that are not plain "
+            f"JSON lines whole, up to {LARGEST >> 20} MiB - split it, or set data.streaming=false"
+        )
+    return [Unit(path, 0, None)]
+
+
+def _look(place: Path) -> bytes:
+    """sha256 of a file's size and content; of a large file, of evenly spaced places in it."""
+    size = place.stat().st_size
+    total = hashlib.sha256(str(size).encode())
+    with place.open("rb") as file:
+        if size <= PLACES * PLACE:
+            total.update(file.read())
+        else:
+            for n in range(PLACES):
+                file.seek((size - PLACE) * n // (PLACES - 1))
+                total.update(file.read(PLACE))
+    return total.digest()
+
+
+@functools.lru_cache(maxsize=4)
+def _permutation(size: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(size)
+
+
+def _table(
+    units: Sequence[Unit], cfg: Data, tokenizer: "PreTrainedTokenizerFast", vocab_size: int
+) -> TokenTable:
+    """The tokenized rows of some units."""
+
+    def chunks() -> Iterator[Chunk]:
+        chat = chat_of(tokenizer)
+        for unit in units:
+            for batch in batches_of(_records(unit, cfg)):
+                yield make_chunk(batch, chat, cfg)
+
+    with _one_at_a_time:
+        table = joined(list(check_chunks(chunks(), cfg)))
+    check_vocabulary(int(table.tokens.max(initial=-1)), tokenizer, vocab_size)
+    return table
+
+
+def _records(unit: Unit, cfg: Data) -> Iterator[Example | BadRow]:
+    """Reads and converts the rows of a unit; their origin is "file@first byte of the unit:line"."""
+    if unit.stop is None:
+        return read_examples((unit.path,), cfg)
+    with Path(unit.path).expanduser().open("rb") as file:
+        if unit.start:
+            file.seek(unit.start - 1)
+            while (rest := file.readline(1 << 20)) and not rest.endswith(b"\n"):
+                pass
+        content = file.read(max(unit.stop - file.tell(), 0))
+        if content and not content.endswith(b"\n"):
+            content += file.readline(cfg.max_line_bytes + 1)
+    place = Path(f"{unit.path}@{unit.start}")
+    return convert(sources.read_lines(place, io.BytesIO(content), cfg.max_line_bytes), cfg)
