@@ -7,7 +7,7 @@ adapter methods a config of their own.
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -26,6 +26,7 @@ from jaxtune.checkpoint.adapter import Adapter, load_adapter
 from jaxtune.checkpoint.tensors import Checkpoint
 from jaxtune.distributed import batch_to_device, held_rows, to_device
 from jaxtune.errors import ConfigError
+from jaxtune.models.base import Weight
 from jaxtune.nn import quantized
 from jaxtune.nn.noise import Noise
 from jaxtune.nn.params import AdapterConstant, AdapterParam, Policy
@@ -146,7 +147,8 @@ def describe(config: RunConfig, mesh: Mesh, checkpoint: Checkpoint) -> Run:
         require_host_memory(mesh, "optim.offload")
     family, model_config = models.read_config(checkpoint.config, checkpoint.name)
     policy = resolve_policy(config, model_config, mesh)
-    stacks = stack_sizes(model_config.num_layers, policy)
+    stacks = stack_sizes(model_config.num_layers, policy, model_config.layer_kinds)
+    weights = family.weights(model_config)
 
     def build_dense() -> nnx.Module:
         return family.build(model_config, policy, nnx.Rngs(0))
@@ -156,10 +158,10 @@ def describe(config: RunConfig, mesh: Mesh, checkpoint: Checkpoint) -> Run:
         quantized.put(model, kernels)
         return model
 
-    kernels = _quantized_kernels(config, checkpoint, family, tree.describe(build_dense), stacks)
+    kernels = _quantized_kernels(config, checkpoint, weights, tree.describe(build_dense), stacks)
 
     base = tree.describe(build_base)
-    imported, adapters = _adapters(config.peft, base, checkpoint, family, stacks)
+    imported, adapters = _adapters(config.peft, base, checkpoint, weights, stacks)
 
     def build() -> nnx.Module:
         model: Any = build_base()
@@ -233,13 +235,13 @@ def with_remat(run: Run, remat: str) -> Run:
 def _quantized_kernels(
     config: RunConfig,
     checkpoint: Checkpoint,
-    family: ModuleType,
+    weights: Sequence[Weight],
     dense: Skeleton,
     stacks: tuple[int, ...],
 ) -> quantized.Kernels:
     """The kernels that stay quantized: those of the files, or as the config says."""
     shapes = dense.abstract()
-    kernels = hf.quantized_kernels(checkpoint, family.WEIGHTS, shapes, stacks)
+    kernels = hf.quantized_kernels(checkpoint, weights, shapes, stacks)
     if kernels and config.quant.format:
         raise ConfigError(
             f"config.quant.format={','.join(config.quant.format)}: {checkpoint.name} is quantized "
@@ -262,7 +264,7 @@ def _adapters(
     config: Peft,
     base: Skeleton,
     checkpoint: Checkpoint,
-    family: ModuleType,
+    weights: Sequence[Weight],
     stacks: tuple[int, ...],
 ) -> tuple[Adapter | None, peft.Adapters | None]:
     """The adapter from which training continues, and what is attached to the base."""
@@ -272,7 +274,7 @@ def _adapters(
     if config.adapter is None:
         return None, peft.choose_adapters(base.model(shapes), config)
     folder = Path(config.adapter)
-    imported = load_adapter(folder, shapes, family.WEIGHTS, stacks, base=checkpoint.name)
+    imported = load_adapter(folder, shapes, weights, stacks, base=checkpoint.name)
     if imported.adapters.method != config.method:
         raise ConfigError(
             f"config.peft.adapter={folder} holds a {imported.adapters.method} adapter - set "
@@ -342,7 +344,7 @@ def fill_base(run: Run, progress: Callable[[int, int], None]) -> Params:
     base = {name: leaf for name, leaf in wanted.items() if name not in variables}
     return hf.load_weights(
         run.checkpoint,
-        run.family.WEIGHTS,
+        run.family.weights(run.model_config),
         base,
         run.stacks,
         allow_nan=run.config.model.allow_nan,

@@ -8,6 +8,7 @@ from jax.sharding import Mesh
 from jaxtune.data.loader import LENGTH_STEP
 from jaxtune.errors import ConfigError
 from jaxtune.nn.params import Policy, suited_policy
+from jaxtune.nn.stack import period
 from jaxtune.schema import FETCHING, Model, RunConfig
 from jaxtune.sharding import pipeline
 from jaxtune.sharding.mesh import require_host_memory
@@ -47,7 +48,7 @@ def resolve_policy(config: RunConfig, model_config: Any, mesh: Mesh) -> Policy:
     if model.offload_frozen:
         require_host_memory(mesh, "model.offload_frozen")
     names = [f.name for f in dataclasses.fields(Policy) if hasattr(model, f.name)]
-    chosen = _cut_for_pipeline(config, model_config.num_layers, mesh)
+    chosen = _cut_for_pipeline(config, model_config, mesh)
     chosen |= {name: getattr(model, name) for name in names if getattr(model, name) != "auto"}
     if config.peft.method == "full":
         chosen["param_dtype"] = "float32"
@@ -56,13 +57,21 @@ def resolve_policy(config: RunConfig, model_config: Any, mesh: Mesh) -> Policy:
     return suited_policy(platform, mesh=mesh, **chosen)
 
 
-def _cut_for_pipeline(config: RunConfig, num_layers: int, mesh: Mesh) -> dict[str, Any]:
+def _cut_for_pipeline(config: RunConfig, model_config: Any, mesh: Mesh) -> dict[str, Any]:
     """The fields of the policy by which layers and rows are cut for a pipeline's stages."""
-    train, stages = config.train, pipeline.num_stages(mesh)
+    train, stages, num_layers = config.train, pipeline.num_stages(mesh), model_config.num_layers
     if num_layers % (stages * train.pipeline_chunks):
         raise ConfigError(
             f"config.mesh.stage={stages} x train.pipeline_chunks={train.pipeline_chunks} does not "
             f"divide the model's {num_layers} layers - use numbers whose product does"
+        )
+    repeats = period(model_config.layer_kinds)
+    parts = stages * train.pipeline_chunks
+    if parts > 1 and num_layers // parts % repeats:
+        raise ConfigError(
+            f"config.mesh.stage={stages} x train.pipeline_chunks={train.pipeline_chunks} cuts the "
+            f"{num_layers} layers inside the {repeats} after which their windows repeat - use "
+            "numbers that do not, or mesh.fsdp"
         )
     if stages * train.pipeline_chunks > 1 and config.model.layers == "unroll":
         raise ConfigError(
@@ -82,8 +91,8 @@ def _cut_for_pipeline(config: RunConfig, num_layers: int, mesh: Mesh) -> dict[st
     rows = {"train.micro_batch_size": train.micro_batch_size}
     if config.data.eval or config.data.eval_fraction:
         rows["eval.batch_size"] = config.eval.batch_size
-    parts = pipeline.choose_micro_batches(train.pipeline_micro_batches, mesh, rows)
-    cut = {"chunks": train.pipeline_chunks, "micro_batches": parts}
+    micro = pipeline.choose_micro_batches(train.pipeline_micro_batches, mesh, rows)
+    cut = {"chunks": train.pipeline_chunks, "micro_batches": micro}
     return cut | ({"layers": "scan"} if stages > 1 else {})
 
 

@@ -1,6 +1,6 @@
 """Random tiny Llamas that transformers and jaxtune compute alike, and how to compare results."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,8 +12,10 @@ from flax import nnx
 from jaxtune import models, peft, tree
 from jaxtune.checkpoint.hf import load_weights, quantized_kernels
 from jaxtune.checkpoint.tensors import Checkpoint, TensorInfo
+from jaxtune.models.base import Weight
 from jaxtune.nn import quantized
 from jaxtune.nn.params import AdapterParam, Policy
+from jaxtune.nn.stack import stack_sizes
 from jaxtune.peft import Adapters
 from jaxtune.schema import Peft
 
@@ -35,36 +37,58 @@ class Loaded(NamedTuple):
     skeleton: tree.Skeleton
     params: tree.Params
     stacks: tuple[int, ...]
-    family: Any
+    weights: tuple[Weight, ...]
     forward: Callable[..., jax.Array]  # (params, tokens, positions, segment ids) -> logits, jitted
 
 
 def hf_llama(seed: int = 0, **changes: Any) -> Any:
     """A transformers Llama whose every parameter, norms and biases too, is random."""
-    import torch
     import transformers
 
-    torch.manual_seed(seed)
     config = transformers.LlamaConfig(**SIZES | changes, attn_implementation="eager")
-    model = transformers.LlamaForCausalLM(config).eval()
+    return randomized(transformers.LlamaForCausalLM(config), seed)
+
+
+def hf_model(fields: Mapping[str, Any], seed: int = 0) -> Any:
+    """The torch model of a config.json, every parameter random."""
+    import transformers
+
+    from tests.models import transcribed
+
+    if fields["model_type"] in transcribed.MODELS:
+        return randomized(transcribed.Transcribed(fields), seed)
+    config = transformers.AutoConfig.for_model(**fields)
+    # Falcon's eager attention adds ALiBi twice.
+    way = "sdpa" if fields.get("alibi") else "eager"
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=way)
+    return randomized(model, seed)
+
+
+def randomized(model: Any, seed: int = 0) -> Any:
+    """A torch model with other parameters: matrices that keep the size of what goes through."""
+    import torch
+
+    torch.manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "norm" in name:
-                parameter.uniform_(0.5, 1.5)
-            elif parameter.ndim == 1:
-                parameter.normal_(0, 0.3)
-            else:
+            if parameter.ndim > 1:
                 parameter.normal_(0, parameter.shape[1] ** -0.5)
-    return model
+            elif name.endswith("weight"):
+                parameter.uniform_(0.5, 1.5)
+            else:
+                parameter.normal_(0, 0.3)
+    return model.eval()
 
 
 def checkpoint_of(model: Any) -> Checkpoint:
     """A transformers model in memory, as an opened checkpoint."""
     tensors = {name: tensor.detach().numpy() for name, tensor in model.state_dict().items()}
-    if model.config.tie_word_embeddings:
-        del tensors["lm_head.weight"]
-    infos = {name: TensorInfo(array.shape, array.dtype) for name, array in tensors.items()}
     config = model.config.to_dict()
+    if model.config.tie_word_embeddings:
+        tensors.pop("lm_head.weight", None)
+    if config["model_type"] == "gpt_neox":  # transformers renames what it reads
+        tensors["embed_out.weight"] = tensors.pop("lm_head.weight")
+    infos = {name: TensorInfo(array.shape, array.dtype) for name, array in tensors.items()}
     return Checkpoint("random", Path("random"), config, None, infos, lambda name: tensors[name])
 
 
@@ -72,8 +96,8 @@ def load(checkpoint: Checkpoint, **policy: Any) -> Loaded:
     """The same model in jaxtune, quantized weights as they are stored; `policy` are its fields."""
     family = models.family(checkpoint.config["model_type"])
     config = family.Config.from_hf(checkpoint.config)
-    count = config.num_layers
-    stacks = (count,) if policy.get("layers", "scan") == "scan" else (1,) * count
+    stacks = stack_sizes(config.num_layers, Policy(**policy), config.layer_kinds)
+    weights = family.weights(config)
 
     def build() -> nnx.Module:
         return family.build(config, Policy(**policy), nnx.Rngs(0))
@@ -84,16 +108,16 @@ def load(checkpoint: Checkpoint, **policy: Any) -> Loaded:
         return model
 
     shapes = tree.describe(build).abstract()
-    kernels = quantized_kernels(checkpoint, family.WEIGHTS, shapes, stacks)
+    kernels = quantized_kernels(checkpoint, weights, shapes, stacks)
     skeleton = tree.describe(build_stored)
-    params = load_weights(checkpoint, family.WEIGHTS, skeleton.abstract(), stacks)
+    params = load_weights(checkpoint, weights, skeleton.abstract(), stacks)
 
     @jax.jit
     def forward(params: tree.Params, tokens: Any, positions: Any, segments: Any) -> jax.Array:
         model = skeleton.model(params)
         return model.logits(model.hidden(tokens, positions, segments)[0])
 
-    return Loaded(skeleton, params, stacks, family, forward)
+    return Loaded(skeleton, params, stacks, weights, forward)
 
 
 class Adapted(NamedTuple):

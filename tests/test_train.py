@@ -136,9 +136,7 @@ def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny = open_checkpoint("tiny:llama")
     loaded = oracle.load(tiny)
     tokenizer = data.load_tokenizer("tiny:llama")
-    save_model(
-        folder, loaded.params, tiny, loaded.family.WEIGHTS, loaded.stacks, tokenizer=tokenizer
-    )
+    save_model(folder, loaded.params, tiny, loaded.weights, loaded.stacks, tokenizer=tokenizer)
     return folder
 
 

@@ -35,7 +35,9 @@ from jaxtune.checkpoint.source import open_checkpoint
 from jaxtune.checkpoint.tensors import Checkpoint, TensorInfo, as_bytes, dtype_from_name
 from jaxtune.errors import ConfigError, WeightError, run_command
 from jaxtune.log import every_few_seconds, info, warn
+from jaxtune.models.base import Weight
 from jaxtune.nn.params import Policy
+from jaxtune.nn.stack import stack_sizes
 from jaxtune.tree import Params
 
 
@@ -47,12 +49,12 @@ def to_orbax(name: str, folder: Path, revision: str | None = None) -> None:
         StorageError, ConfigError: `folder` cannot be written.
     """
     checkpoint = open_checkpoint(name, revision)
-    family, abstract, stacks = _describe(checkpoint)
-    targets = places(family.WEIGHTS, abstract, stacks)
+    weights, abstract, stacks = _describe(checkpoint)
+    targets = places(weights, abstract, stacks)
     for path, leaf in abstract.items():
         abstract[path] = jax.ShapeDtypeStruct(leaf.shape, _stored_dtype(checkpoint, targets, path))
     report = every_few_seconds("reading")
-    params = load_weights(checkpoint, family.WEIGHTS, abstract, stacks, progress=report)
+    params = load_weights(checkpoint, weights, abstract, stacks, progress=report)
     kept = {key: checkpoint.tensors[key] for key in targets}
     source = {
         "name": checkpoint.name,
@@ -96,18 +98,23 @@ def _read_params(folder: Path, abstract: dict[str, Any]) -> Params:
         return reader.restore(path, target)
 
 
-def _describe(checkpoint: Checkpoint) -> tuple[Any, dict[str, Any], tuple[int, ...]]:
-    """The family's module, shape of each parameter, and the stacks of layers (one)."""
+def _describe(
+    checkpoint: Checkpoint,
+) -> tuple[tuple[Weight, ...], dict[str, Any], tuple[int, ...]]:
+    """The weight table, shape of each parameter, and the stacks of layers."""
     family = models.family(checkpoint.config.get("model_type"))
     config = family.Config.from_hf(checkpoint.config)
     policy = Policy(layers="scan")
     skeleton = tree.describe(lambda: family.build(config, policy, nnx.Rngs(0)))
-    return family, skeleton.abstract(), (config.num_layers,)
+    stacks = stack_sizes(config.num_layers, policy, config.layer_kinds)
+    return family.weights(config), skeleton.abstract(), stacks
 
 
-def _stored_dtype(checkpoint: Checkpoint, targets: dict[str, Place], path: str) -> np.dtype:
+def _stored_dtype(
+    checkpoint: Checkpoint, targets: dict[str, tuple[Place, ...]], path: str
+) -> np.dtype:
     """The dtype that the files have for a parameter; float32 where its layers differ."""
-    names = [name for name, place in targets.items() if place.path == path]
+    names = [name for name, parts in targets.items() if any(p.path == path for p in parts)]
     dtypes = {checkpoint.tensors[name].dtype for name in names if name in checkpoint.tensors}
     return dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
 
@@ -121,14 +128,14 @@ def to_hf(folder: Path, out: Path, dtype: str | None, max_shard_gb: float) -> No
     """
     size = shard_bytes(max_shard_gb)
     checkpoint = _open_orbax(folder)
-    family, abstract, stacks = _describe(checkpoint)
+    weights, abstract, stacks = _describe(checkpoint)
     params = _read_params(folder, abstract)
     tokenizer = folder / "tokenizer"
     save_model(
         out,
         params,
         checkpoint,
-        family.WEIGHTS,
+        weights,
         stacks,
         tokenizer=data.load_tokenizer(str(tokenizer)) if tokenizer.exists() else None,
         dtype=dtype,

@@ -7,6 +7,7 @@ filled in place, so host memory above the final arrays stays below twice the lar
 
 import functools
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -19,27 +20,30 @@ from jaxtune import quant
 from jaxtune.checkpoint.tensors import Checkpoint
 from jaxtune.distributed import to_device
 from jaxtune.errors import WeightError, listing
-from jaxtune.models.base import Change, Weight
-from jaxtune.quant import QArray
+from jaxtune.models.base import Weight
+from jaxtune.quant import QArray, take_columns
 
 # Buffers that old versions of transformers saved; they follow from the config.
-_HARMLESS = re.compile(r"(.*\.)?rotary_emb\.inv_freq")
+_HARMLESS = re.compile(
+    r"(.*\.)?(rotary_emb\.inv_freq|rotary_pos_emb\.inv_freq|(attn|attention)\.(masked_)?bias)"
+)
 
 
 class Place(NamedTuple):
-    """Where a Hugging Face tensor lives among our parameters."""
+    """Where a Hugging Face tensor, or a part of it, lives among our parameters."""
 
     path: str
     index: int | None  # position on the leading axis of its stack; None outside the layers
     layer: int | None  # number of the layer in the model
-    change: Change
-    shape: tuple[int, ...]  # Hugging Face's shape
+    row: Weight
+    shape: tuple[int, ...]  # of our parameter, of one layer
+    of: int  # so many parameters share the tensor
 
 
 def places(
     weights: Sequence[Weight], abstract: Mapping[str, Any], stacks: Sequence[int]
-) -> dict[str, Place]:
-    """Hugging Face name -> place, for every tensor that fills `abstract`.
+) -> dict[str, tuple[Place, ...]]:
+    """Hugging Face name -> places of its parts, for every tensor that fills `abstract`.
 
     Args:
         weights: the family's table.
@@ -47,28 +51,57 @@ def places(
         stacks: number of layers in each stack.
     """
     rows = {row.ours: row for row in weights}
-    found = {}
+    shared = Counter(row.hf for row in weights)
+    found: dict[str, list[Place]] = {}
     for path, leaf in abstract.items():
         stack, name = split_path(path)
         row = rows[name]
         if stack is None:
-            found[row.hf] = Place(path, None, None, row.change, _hf_shape(row, leaf.shape))
+            place = Place(path, None, None, row, leaf.shape, shared[row.hf])
+            found.setdefault(row.hf, []).append(place)
             continue
-        first, shape = sum(stacks[:stack]), _hf_shape(row, leaf.shape[1:])
+        first = sum(stacks[:stack])
         for index in range(stacks[stack]):
-            layer = first + index
-            found[row.hf.format(layer)] = Place(path, index, layer, row.change, shape)
-    return found
+            shape = leaf.shape[1:]
+            place = Place(path, index, first + index, row, shape, shared[row.hf])
+            found.setdefault(row.hf.format(first + index), []).append(place)
+    return {name: tuple(parts) for name, parts in found.items()}
+
+
+def stored_shape(parts: Sequence[Place]) -> tuple[int, ...]:
+    """Shape of the Hugging Face tensor that has these parts, all of them."""
+    *lead, _ = parts[0].shape
+    shape = (*lead, sum(part.shape[-1] for part in parts))
+    return parts[0].row.change.to_hf(np.broadcast_to(np.uint8(0), shape)).shape
+
+
+def joined(
+    parts: Sequence[Place], arrays: Sequence[np.ndarray], stored: Callable[[], np.ndarray]
+) -> np.ndarray:
+    """The Hugging Face tensor of our parameters of one layer.
+
+    Args:
+        parts: their places.
+        arrays: their values.
+        stored: the tensor, read if `parts` are not all of it.
+    """
+    change, columns = parts[0].row.change, [part.row.columns for part in parts]
+    if columns == [None]:
+        return change.to_hf(arrays[0])
+    width = sum(array.shape[-1] for array in arrays)
+    if len(parts) == parts[0].of:
+        whole = np.empty((*arrays[0].shape[:-1], width), arrays[0].dtype)
+    else:
+        whole = np.array(change.to_ours(stored()), arrays[0].dtype)
+    for part, array in zip(columns, arrays, strict=True):
+        whole[..., part] = array
+    return change.to_hf(whole)
 
 
 def split_path(path: str) -> tuple[int | None, str]:
     """`layers.2.attn.q_proj.kernel` -> (2, `layers.attn.q_proj.kernel`); (None, path) elsewhere."""
     match = re.fullmatch(r"layers\.(\d+)\.(.+)", path)
     return (int(match[1]), f"layers.{match[2]}") if match else (None, path)
-
-
-def _hf_shape(row: Weight, shape: tuple[int, ...]) -> tuple[int, ...]:
-    return row.change.to_hf(np.broadcast_to(np.uint8(0), shape)).shape
 
 
 def load_weights(
@@ -103,20 +136,22 @@ def load_weights(
     _check_names(checkpoint, weights, targets)
     names = [name for name in checkpoint.tensors if name in targets]
     arrays: dict[str, Any] = {}
-    finite: dict[str, jax.Array] = {}
+    finite: list[tuple[str, jax.Array]] = []
     for done, name in enumerate(names, 1):
-        place = targets[name]
-        leaf = abstract[place.path]
-        value, finite[name] = _read_layer(checkpoint, name, place, leaf)
-        if place.index is None or leaf.shape[0] == 1:
-            arrays[place.path] = value
-        else:
-            stack = arrays.pop(place.path, None)
-            arrays[place.path] = _insert(_described(leaf))(stack, value, place.index)
-        # Without waiting, host copies of many tensors would pile up.
-        jax.block_until_ready(arrays[place.path])
+        stored = _read(checkpoint, name)
+        for place in targets[name]:
+            leaf = abstract[place.path]
+            value, is_finite = _placed(stored, place, leaf)
+            finite.append((name, is_finite))
+            if place.index is None or leaf.shape[0] == 1:
+                arrays[place.path] = value
+            else:
+                stack = arrays.pop(place.path, None)
+                arrays[place.path] = _insert(_described(leaf))(stack, value, place.index)
+            # Without waiting, host copies of many tensors would pile up.
+            jax.block_until_ready(arrays[place.path])
         progress(done, len(names))
-    bad = [name for name, flag in finite.items() if not bool(flag)]
+    bad = list(dict.fromkeys(name for name, flag in finite if not bool(flag)))
     if bad and not allow_nan:
         raise WeightError(
             f"{checkpoint.name}: {len(bad)} tensors hold NaN or infinity - use undamaged weights, "
@@ -126,13 +161,14 @@ def load_weights(
 
 
 def _check_names(
-    checkpoint: Checkpoint, weights: Sequence[Weight], targets: Mapping[str, Place]
+    checkpoint: Checkpoint, weights: Sequence[Weight], targets: Mapping[str, Sequence[Place]]
 ) -> None:
     problems = [f"missing: {name}" for name in targets if name not in checkpoint.tensors]
     for name, info in checkpoint.tensors.items():
         if name in targets:
-            if info.shape != targets[name].shape:
-                shapes = f"{list(info.shape)}, config.json asks for {list(targets[name].shape)}"
+            expected = stored_shape(targets[name])
+            if info.shape != expected:
+                shapes = f"{list(info.shape)}, config.json asks for {list(expected)}"
                 problems.append(f"wrong shape: {name} is {shapes}")
         elif not is_surplus(checkpoint, weights, name):
             problems.append(f"unexpected: {name}")
@@ -150,26 +186,31 @@ def is_surplus(checkpoint: Checkpoint, weights: Sequence[Weight], name: str) -> 
     return bool(tied and name in heads or _HARMLESS.fullmatch(name))
 
 
-def _read_layer(
-    checkpoint: Checkpoint, name: str, place: Place, leaf: Any
-) -> tuple[Any, jax.Array]:
-    """One tensor on the devices, in the dtype or format of `leaf`, and whether it is finite.
+def _read(checkpoint: Checkpoint, name: str) -> Any:
+    """A tensor as Hugging Face has it, or a quantized kernel as we have it, on the host."""
+    if name in checkpoint.quantized:
+        assert checkpoint.read_quantized is not None
+        return checkpoint.read_quantized(name)
+    array = checkpoint.read(name)
+    # jax has no float64 by default
+    return array.astype(np.float32) if array.dtype == np.float64 else array
 
-    A tensor of a stack comes without the layer axis, but with one of a single layer has it.
+
+def _placed(stored: Any, place: Place, leaf: Any) -> tuple[Any, jax.Array]:
+    """A parameter on the devices, in the dtype or format of `leaf`, and whether it is finite.
+
+    One of a stack comes without the layer axis, but with one of a single layer has it.
     """
     stacked = place.index is not None
     part = leaf if not stacked or leaf.shape[0] == 1 else jax.tree.map(_without_layers, leaf)
-    if name in checkpoint.quantized:
-        assert checkpoint.read_quantized is not None
+    if isinstance(stored, QArray):
         host = jax.tree.map(
-            lambda array, like: to_device(array.reshape(like.shape), like.sharding),
-            checkpoint.read_quantized(name),
+            lambda array, like: to_device(np.asarray(array).reshape(like.shape), like.sharding),
+            take_columns(stored, place.row.columns),
             part,
         )
         return host, jnp.isfinite(quant.decode_scale(host.scale, host.shape)).all()
-    array = place.change.to_ours(checkpoint.read(name))
-    if array.dtype == np.float64:  # jax has no float64 by default
-        array = array.astype(np.float32)
+    array = place.row.take(stored)
     if isinstance(leaf, QArray):
         dense = to_device(array.reshape(part.shape), part.codes.sharding)
         return _quantize(_described(part))(dense), _is_finite(dense)
@@ -249,8 +290,12 @@ def quantized_kernels(
         WeightError: layers of one stack are kept differently.
     """
     found: dict[str, list[QArray | None]] = {}
-    for name, place in places(weights, abstract, stacks).items():
-        found.setdefault(place.path, []).append(checkpoint.quantized.get(name))
+    for name, parts in places(weights, abstract, stacks).items():
+        stored = checkpoint.quantized.get(name)
+        for part in parts:
+            take = functools.partial(take_columns, columns=part.row.columns)
+            kernel = None if stored is None else jax.eval_shape(take, stored)
+            found.setdefault(part.path, []).append(kernel)
     kernels = {}
     for path, layers in found.items():
         if any(layer != layers[0] for layer in layers):

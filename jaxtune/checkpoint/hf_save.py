@@ -1,7 +1,8 @@
 """Our flat parameters as a Hugging Face model folder, adapters merged: `hf` the other way."""
 
+import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,7 +12,7 @@ import numpy as np
 
 from jaxtune import process, quant
 from jaxtune.checkpoint.folder import replace_folder
-from jaxtune.checkpoint.hf import Place, is_surplus, places, split_path
+from jaxtune.checkpoint.hf import Place, is_surplus, joined, places, split_path
 from jaxtune.checkpoint.manifest import write_synced
 from jaxtune.checkpoint.quantized_save import quantization_config, quantized_tensors
 from jaxtune.checkpoint.safetensors import read_along, write_folder
@@ -77,9 +78,10 @@ def save_model(
     def read(name: str) -> np.ndarray:
         if name not in targets:
             return _narrow(name, checkpoint.read(name), tensors[name].dtype)
-        place = targets[name]
-        array = _merged(params, adapters, place, checkpoint, name)
-        return place.change.to_hf(_narrow(name, array, tensors[name].dtype))
+        stored = functools.cache(functools.partial(checkpoint.read, name))
+        arrays = [_merged(params, adapters, place, stored) for place in targets[name]]
+        arrays = [_narrow(name, array, tensors[name].dtype) for array in arrays]
+        return joined(targets[name], arrays, stored)
 
     config, stored, read_stored = _config(checkpoint, dtype), tensors, read
     if quantize is not None:
@@ -122,7 +124,7 @@ def _changed(
             row = rows.get(f"{module}.{leaf}")
             info = row and checkpoint.tensors.get(row.hf.format(sum(stacks[: stack or 0])))
             if row and info:
-                shape = row.change.to_ours(np.broadcast_to(np.uint8(0), info.shape)).shape
+                shape = row.take(np.broadcast_to(np.uint8(0), info.shape)).shape
                 like = jax.ShapeDtypeStruct((*lead, *shape), info.dtype)
                 changed.setdefault(f"{path}.{leaf}", like)
     return changed
@@ -132,10 +134,15 @@ def _merged(
     params: Mapping[str, Any],
     adapters: Adapters | None,
     place: Place,
-    checkpoint: Checkpoint,
-    name: str,
+    stored: Callable[[], np.ndarray],
 ) -> np.ndarray:
-    """One layer's array on the host, its adapter merged if it has one."""
+    """One layer's array on the host, its adapter merged if it has one.
+
+    Args:
+        params, adapters: see `save_model`.
+        place: the array's.
+        stored: reads the tensor that holds it, for one that is not in `params`.
+    """
 
     def host(path: str) -> np.ndarray:
         value = params[path]
@@ -146,7 +153,7 @@ def _merged(
         return to_host(value)
 
     in_params = place.path in params
-    array = host(place.path) if in_params else place.change.to_ours(checkpoint.read(name))
+    array = host(place.path) if in_params else place.row.take(stored())
     module, _, leaf = place.path.rpartition(".")
     if adapters is None or module not in adapters.choice:
         return array

@@ -25,7 +25,7 @@ from flax import nnx
 from jaxtune import models, tree
 from jaxtune.checkpoint import prequantized
 from jaxtune.checkpoint.gguf import open_gguf
-from jaxtune.checkpoint.hf import places
+from jaxtune.checkpoint.hf import places, stored_shape
 from jaxtune.checkpoint.safetensors import Location, read_folder, read_tensor, refuse_pickle
 from jaxtune.checkpoint.tensors import Checkpoint, TensorInfo
 from jaxtune.errors import ConfigError, WeightError
@@ -266,8 +266,8 @@ def _tiny(path: str) -> Checkpoint:
     skeleton = tree.describe(lambda: family.build(config, policy, nnx.Rngs(0)))
     stacks = (1,) * config.num_layers
     float32 = np.dtype(np.float32)
-    targets = places(family.WEIGHTS, skeleton.abstract(), stacks)
-    tensors = {name: TensorInfo(place.shape, float32) for name, place in targets.items()}
+    targets = places(family.weights(config), skeleton.abstract(), stacks)
+    tensors = {name: TensorInfo(stored_shape(parts), float32) for name, parts in targets.items()}
 
     def read(name: str) -> np.ndarray:
         shape = tensors[name].shape

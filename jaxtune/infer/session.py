@@ -204,7 +204,8 @@ def _open(
     family, config = models.read_config(checkpoint.config, checkpoint.name)
     platform = mesh.devices.flat[0].platform
     policy = suited_policy(platform, mesh=mesh, compute_dtype=dtype, remat="none")
-    stacks = stack_sizes(config.num_layers, policy)
+    stacks = stack_sizes(config.num_layers, policy, config.layer_kinds)
+    weights = family.weights(config)
 
     def build(adapter: Adapter | None = None) -> nnx.Module:
         model = family.build(config, policy, nnx.Rngs(0))
@@ -215,13 +216,13 @@ def _open(
 
     kernels: quantized.Kernels = {}
     shapes = tree.describe(build).abstract()
-    kernels = hf.quantized_kernels(checkpoint, family.WEIGHTS, shapes, stacks)
+    kernels = hf.quantized_kernels(checkpoint, weights, shapes, stacks)
     skeleton = tree.describe(build)
     base = rules.placed(skeleton, mesh)
-    params = hf.load_weights(checkpoint, family.WEIGHTS, base, stacks)
+    params = hf.load_weights(checkpoint, weights, base, stacks)
     if folder is None:
         return skeleton, params
-    adapter = load_adapter(folder, base, family.WEIGHTS, stacks, base=checkpoint.name)
+    adapter = load_adapter(folder, base, weights, stacks, base=checkpoint.name)
     for warning in adapter.warnings:
         warn(warning)
     skeleton = tree.describe(lambda: build(adapter))

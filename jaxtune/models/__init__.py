@@ -8,7 +8,32 @@ from typing import Any
 from jaxtune.errors import WeightError
 
 # Hugging Face model_type -> module in this folder.
-FAMILIES = {"llama": "llama"}
+FAMILIES = {
+    "baichuan": "baichuan",
+    "bloom": "bloom",
+    "chatglm": "chatglm",
+    "falcon": "falcon",
+    "gemma": "gemma",
+    "gemma2": "gemma2",
+    "gemma3_text": "gemma3",
+    "glm": "glm",
+    "glm4": "glm4",
+    "gpt2": "gpt2",
+    "gpt_neox": "gpt_neox",
+    "gptj": "gptj",
+    "internlm": "internlm",
+    "internlm2": "internlm2",
+    "internlm3": "internlm3",
+    "llama": "llama",
+    "mistral": "mistral",
+    "olmo2": "olmo2",
+    "opt": "opt",
+    "phi3": "phi3",
+    "qwen": "qwen",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "stablelm": "stablelm",
+}
 
 
 def family(model_type: Any) -> ModuleType:

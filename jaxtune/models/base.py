@@ -1,9 +1,11 @@
 """What a model family provides: a module with these names.
 
-    Config     frozen dataclass with `from_hf(dict) -> Config`, from Hugging Face's config.json
-    WEIGHTS    tuple of `Weight` rows: our parameter path, Hugging Face's tensor name, the change
-    TINY       config.json of a model small enough for tests (`model.path=tiny:<family>`)
-    build      build(config, policy, rngs) -> nnx.Module
+Config     frozen dataclass with `from_hf(dict) -> Config`, from Hugging Face's config.json
+weights    weights(config) -> tuple of `Weight` rows: our parameter path, Hugging Face's tensor
+           name, the change; rows of parameters that the config leaves out do no harm
+TINY       config.json of a model small enough for tests (`model.path=tiny:<family>`)
+SIZES      name of a published size -> its config.json, for plans without files
+build      build(config, policy, rngs) -> nnx.Module
 
 A parameter path joins attribute names with dots, as `tree.flatten` gives them. Parameters of layers
 live in stacks: `layers.<stack>.<rest>` has a leading axis over the layers of that stack. A row of
@@ -29,8 +31,22 @@ TRANSPOSE = Change(lambda array: array.T, lambda array: array.T)
 
 
 class Weight(NamedTuple):
-    """One row of a family's weight table."""
+    """One row of a family's weight table.
+
+    Attributes:
+        ours: parameter path.
+        hf: Hugging Face's name; several rows may share a tensor, each with its columns of it.
+        change: between the two layouts.
+        columns: of the last axis of the tensor in our layout, those that are this parameter, in its
+            order; None: all.
+    """
 
     ours: str
     hf: str
     change: Change
+    columns: np.ndarray | None = None
+
+    def take(self, array: np.ndarray) -> np.ndarray:
+        """Our parameter of one layer, from Hugging Face's tensor."""
+        whole = self.change.to_ours(array)
+        return whole if self.columns is None else whole[..., self.columns]

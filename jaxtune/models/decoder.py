@@ -1,9 +1,11 @@
-"""The pre-norm decoder that Llama-like families share.
+"""The decoder that all families share: embedding, layers, norm, head.
 
-A switch may enter here only if two families need it; otherwise the family writes its own block.
+A switch may enter here or in `block.py` only if two families need it; otherwise the family writes
+its own block.
 """
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,100 +14,84 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxtune import ops
-from jaxtune.nn.attention import Attention
+from jaxtune.models.block import Block, BlockConfig, LayerKind, unchanged
 from jaxtune.nn.cache import KVCache, append
 from jaxtune.nn.embed import Embed
 from jaxtune.nn.linear import Linear
-from jaxtune.nn.mlp import MLP
-from jaxtune.nn.norm import RMSNorm
+from jaxtune.nn.norm import NORMS
 from jaxtune.nn.params import Policy
-from jaxtune.nn.rope import Rope, rope_table
+from jaxtune.nn.rope import rope_table
 from jaxtune.nn.stack import make_stacks, scan_layers, stack_sizes
 from jaxtune.sharding.rules import (
     OUTER_RESIDUAL,
     OUTER_TOKENS,
-    RESIDUAL,
-    TOKENS,
     constrained,
     moved,
 )
 
 
 @dataclass(frozen=True, kw_only=True)
-class DecoderConfig:
-    """Shapes and switches of a decoder; names follow Hugging Face where it has one."""
+class DecoderConfig(BlockConfig):
+    """Shapes and switches of a decoder; names follow Hugging Face where it has one.
 
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    norm_eps: float
-    tie_embeddings: bool
-    attention_bias: bool
-    mlp_bias: bool
-    activation: str
-    max_positions: int
-    rope: Rope
-
-
-class Block(nnx.Module):
-    """x + attention(norm(x)), then + mlp(norm(x)).
-
-    On a mesh the residual and its norms are cut along the tokens over the tensor axis too, which
-    would compute them as often as it has shards (Korthikanti et al. 2022, arXiv 2205.05198).
+    Attributes:
+        layer_kinds: of each layer.
+        embed_scale: factor of the embeddings.
+        position_rows: rows of the table of learned positions, which are added to the embeddings
+            (0: there is none); the table's last `max_positions` rows are used.
+        head_bias: whether the output head has a bias, which is a row more of its matrix.
+        logits: what becomes of the product with the output matrix.
     """
 
-    def __init__(self, config: DecoderConfig, policy: Policy, rngs: nnx.Rngs):
-        c = config
-        self.policy = policy
-        self.attn_norm = RMSNorm(c.hidden_size, c.norm_eps, policy=policy)
-        self.attn = Attention(
-            c.hidden_size,
-            num_heads=c.num_heads,
-            num_kv_heads=c.num_kv_heads,
-            head_dim=c.head_dim,
-            bias=c.attention_bias,
-            policy=policy,
-            rngs=rngs,
-        )
-        self.mlp_norm = RMSNorm(c.hidden_size, c.norm_eps, policy=policy)
-        self.mlp = MLP(
-            c.hidden_size,
-            c.intermediate_size,
-            activation=c.activation,
-            bias=c.mlp_bias,
-            policy=policy,
-            rngs=rngs,
-        )
-
-    def __call__(
-        self, x: jax.Array, rope: tuple, segments: tuple, cache: tuple | None
-    ) -> tuple[jax.Array, tuple | None]:
-        mesh = self.policy.mesh
-        normed = moved(self.attn_norm(x), RESIDUAL, TOKENS, mesh)
-        y, cache = self.attn(normed, rope, segments, cache)
-        x = x + moved(y, TOKENS, RESIDUAL, mesh)
-        y = self.mlp(moved(self.mlp_norm(x), RESIDUAL, TOKENS, mesh))
-        return x + moved(y, TOKENS, RESIDUAL, mesh), cache
+    vocab_size: int
+    num_layers: int
+    layer_kinds: tuple[LayerKind, ...]
+    max_positions: int
+    tie_embeddings: bool
+    embed_scale: float = 1.0
+    position_rows: int = 0
+    head_bias: bool = False
+    logits: ops.Logits = ops.Logits()
 
 
 class Decoder(nnx.Module):
     """Tokens in, hidden states or logits out."""
 
-    def __init__(self, config: DecoderConfig, policy: Policy, rngs: nnx.Rngs):
-        self.config = config
+    def __init__(
+        self,
+        config: DecoderConfig,
+        policy: Policy,
+        rngs: nnx.Rngs,
+        *,
+        block: Callable[[DecoderConfig, Policy, nnx.Rngs], nnx.Module] = Block,
+        output: Callable[[jax.Array], jax.Array] = unchanged,
+    ):
+        """Describes or makes the model.
+
+        Args:
+            config: its shapes and switches.
+            policy: how it is computed.
+            rngs: of the first values.
+            block: what a layer is.
+            output: what is made of the output matrix, [V, D] or [D, V], before it is used.
+        """
+        c = config
+        self.config = c
         self.policy = policy
-        self.stacks = stack_sizes(config.num_layers, policy)
-        self.embed = Embed(config.vocab_size, config.hidden_size, policy=policy, rngs=rngs)
-        self.layers = make_stacks(functools.partial(Block, config, policy), self.stacks, rngs)
-        self.norm = RMSNorm(config.hidden_size, config.norm_eps, policy=policy)
-        self.lm_head = nnx.data(None)
-        if not config.tie_embeddings:
-            shape = (config.hidden_size, config.vocab_size)
-            self.lm_head = Linear(*shape, axes=("embed", "vocab"), policy=policy, rngs=rngs)
+        self.output = output
+        self.stacks = stack_sizes(c.num_layers, policy, c.layer_kinds)
+        embed = functools.partial(Embed, width=c.hidden_size, policy=policy, rngs=rngs)
+        self.embed = embed(c.vocab_size)
+        self.positions: Any = embed(c.position_rows) if c.position_rows else nnx.data(None)
+        self.embed_norm: Any = nnx.data(None)  # a family may put one here
+        self.layers = make_stacks(functools.partial(block, c, policy), self.stacks, rngs)
+        self.norm = NORMS[c.norm](c.hidden_size, c.norm_eps, policy=policy)
+        self.lm_head: Any = nnx.data(None)
+        if not c.tie_embeddings:
+            shape = (c.hidden_size, c.vocab_size)
+            self.lm_head = Linear(
+                *shape, axes=("embed", "vocab"), policy=policy, rngs=rngs, bias=c.head_bias
+            )
 
     def hidden(
         self,
@@ -124,20 +110,29 @@ class Decoder(nnx.Module):
             cache: keys and values of earlier tokens; the new ones are appended.
 
         Returns:
-            [B, T, D] in the compute dtype, and the new cache.
+            [B, T, D] in the compute dtype, followed by a one if the head has a bias, and the new
+            cache.
         """
-        rope = rope_table(positions, self.config.rope)
-        key_segments, caches = segment_ids, None
+        ropes = list(dict.fromkeys(kind.rope for kind in self.config.layer_kinds if kind.rope))
+        tables = tuple(rope_table(positions, rope) for rope in ropes)
+        key_segments, caches, slots = segment_ids, None, None
         if cache is not None:
             key_segments, caches = cache.segment_ids, list(zip(cache.k, cache.v, strict=True))
+            slots = jnp.broadcast_to(cache.length + jnp.arange(tokens.shape[1]), tokens.shape)
 
-        def apply(block: Block, x: jax.Array, rows: tuple, slots: Any) -> tuple[jax.Array, Any]:
-            rope, segments = rows
-            return block(x, rope, segments, slots)
+        def apply(
+            block: Any, kind: LayerKind, x: jax.Array, rows: tuple, layer_cache: Any
+        ) -> tuple[jax.Array, Any]:
+            tables, segments, slots = rows
+            table = None if kind.rope is None else tables[ropes.index(kind.rope)]
+            return block(x, table, segments, layer_cache, slots=slots, window=kind.window)
 
-        x = constrained(self.embed(tokens, segment_ids), OUTER_RESIDUAL, self.policy.mesh)
-        rows = (rope, (segment_ids, key_segments))
-        x, new = scan_layers(self.layers, x, rows, apply, caches, self.policy)
+        x = constrained(
+            self._embedded(tokens, positions, segment_ids), OUTER_RESIDUAL, self.policy.mesh
+        )
+        rows = (tables, (segment_ids, key_segments), slots)
+        kinds = self.config.layer_kinds
+        x, new = scan_layers(self.layers, x, rows, apply, caches, self.policy, kinds)
         if cache is not None and segment_ids is not None:
             # Once, after all layers: XLA copies a buffer that is read and written in one layer.
             length = cache.length
@@ -147,19 +142,38 @@ class Decoder(nnx.Module):
                 segment_ids=append(cache.segment_ids, segment_ids, length, 1),
                 length=length + tokens.shape[1],
             )
-        return moved(self.norm(x), OUTER_RESIDUAL, OUTER_TOKENS, self.policy.mesh), cache
+        x = self.norm(x)
+        if self.config.head_bias:
+            x = jnp.concatenate([x, jnp.ones_like(x[..., :1])], axis=-1)
+        return moved(x, OUTER_RESIDUAL, OUTER_TOKENS, self.policy.mesh), cache
+
+    def _embedded(
+        self, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array | None
+    ) -> jax.Array:
+        """The first layer's input, [B, T, D]."""
+        c, x = self.config, self.embed(tokens, segment_ids)
+        if c.embed_scale != 1:
+            x = x * jnp.asarray(c.embed_scale, x.dtype)
+        if self.positions is not None:
+            rows = positions + (c.position_rows - c.max_positions)
+            x = x + self.positions(rows, segment_ids)
+        return x if self.embed_norm is None else self.embed_norm(x)
 
     def head(self) -> tuple[jax.Array, bool]:
         """The output matrix, and whether it is [V, D] (a tied table) instead of [D, V]."""
         if self.lm_head is None:
-            return self.embed.table.get_value(), True
-        return self.lm_head.kernel.get_value(), False
+            return self.output(self.embed.table.get_value()), True
+        weight = self.output(self.lm_head.kernel.get_value())
+        if self.config.head_bias:
+            weight = jnp.concatenate([weight, self.lm_head.bias.get_value()[None]])
+        return weight, False
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """[..., D] -> float32 [..., V]."""
         weight, transposed = self.head()
         weight = weight.astype(hidden.dtype)
-        return ops.dot(hidden, weight.T if transposed else weight, jnp.float32)
+        products = ops.dot(hidden, weight.T if transposed else weight, jnp.float32)
+        return self.config.logits.of(products)
 
     def make_cache(self, batch: int, length: int) -> KVCache:
         """An empty cache of `length` slots."""

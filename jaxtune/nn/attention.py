@@ -1,97 +1,171 @@
-"""Grouped-query self-attention with rotary positions and an optional key/value cache."""
+"""Grouped-query self-attention with an optional key/value cache.
+
+Positions come in by rotation (RoPE), by slopes (ALiBi), or are in the input already.
+"""
 
 import functools
+from dataclasses import dataclass
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
 
 from jaxtune import ops
 from jaxtune.nn.linear import Linear
+from jaxtune.nn.norm import NORMS
 from jaxtune.nn.params import Policy
 from jaxtune.ops.attention import Mask, make_operands
 from jaxtune.sharding.mesh import on_shards
 from jaxtune.sharding.rules import spec
 
+Rotation = tuple[jax.Array, jax.Array]  # cosines and sines
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionConfig:
+    """Shapes and switches of attention; names follow Hugging Face where it has one.
+
+    Attributes:
+        norm, norm_eps: name in `norm.NORMS` and epsilon of the model's norms.
+        qkv_bias, out_bias: whether the projections have biases.
+        qk_norm: queries and keys are normalised before they are rotated: "head": each head,
+            "width": all heads together; None: they are not.
+        scale: what scores are multiplied with; None: 1 / sqrt(head_dim).
+        softcap: bound of the scores (see `ops.attention.Extras`).
+        alibi: a slope for each head (see `ops.attention.Extras`).
+    """
+
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    norm: str = "rms"
+    norm_eps: float
+    qkv_bias: bool = False
+    out_bias: bool = False
+    qk_norm: str | None = None
+    scale: float | None = None
+    softcap: float | None = None
+    alibi: tuple[float, ...] | None = None
+
 
 class Attention(nnx.Module):
     """[B, T, D] -> [B, T, D] with N query heads and K key/value heads of size H."""
 
-    def __init__(
-        self,
-        width: int,
-        *,
-        num_heads: int,
-        num_kv_heads: int,
-        head_dim: int,
-        bias: bool,
-        policy: Policy,
-        rngs: nnx.Rngs,
-    ):
-        make = functools.partial(Linear, bias=bias, policy=policy, rngs=rngs)
-        self.head_dim = head_dim
+    def __init__(self, config: AttentionConfig, *, policy: Policy, rngs: nnx.Rngs):
+        c = config
+        make = functools.partial(Linear, policy=policy, rngs=rngs)
+        queries, keys = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+        self.config = c
         self.policy = policy
-        self.q_proj = make(width, num_heads * head_dim, axes=("embed", "heads"))
-        self.k_proj = make(width, num_kv_heads * head_dim, axes=("embed", "kv_heads"))
-        self.v_proj = make(width, num_kv_heads * head_dim, axes=("embed", "kv_heads"))
-        self.o_proj = make(num_heads * head_dim, width, axes=("heads", "embed"))
+        self.q_proj = make(c.hidden_size, queries, axes=("embed", "heads"), bias=c.qkv_bias)
+        self.k_proj = make(c.hidden_size, keys, axes=("embed", "kv_heads"), bias=c.qkv_bias)
+        self.v_proj = make(c.hidden_size, keys, axes=("embed", "kv_heads"), bias=c.qkv_bias)
+        self.o_proj = make(queries, c.hidden_size, axes=("heads", "embed"), bias=c.out_bias)
+        self.q_norm: Any = nnx.data(None)
+        self.k_norm: Any = nnx.data(None)
+        if c.qk_norm is not None:
+            norm = functools.partial(NORMS[c.norm], eps=c.norm_eps, policy=policy)
+            wide = c.qk_norm == "width"
+            self.q_norm = norm(queries if wide else c.head_dim, axis="heads" if wide else None)
+            self.k_norm = norm(keys if wide else c.head_dim, axis="kv_heads" if wide else None)
 
     def __call__(
         self,
         x: jax.Array,
-        rope: tuple[jax.Array, jax.Array],
+        rope: Rotation | None,
         segments: tuple[jax.Array | None, jax.Array | None],
         cache: tuple[jax.Array, jax.Array] | None = None,
+        *,
+        slots: jax.Array | None = None,
+        window: int | None = None,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
         """Attends causally within segments.
 
         Args:
             x: [B, T, D].
-            rope: cosines and sines [B, T, 1, H].
+            rope: cosines and sines [B, T, 1, H], or fewer for a part of each head; None: heads are
+                not rotated.
             segments: segment ids of the tokens [B, T] and of the keys, which are the cached ones
                 [B, S] if there is a cache; None: one segment.
             cache: this layer's keys and values of earlier tokens, [B, K, S, H].
+            slots: int32 [B, T], where in the cache the tokens will be, if there is one.
+            window: see `Mask`.
 
         Returns:
             The output, and with a cache the new keys and values to append to it, [B, K, T, H].
         """
         b, t, _ = x.shape
-        q, k, v = (
-            project(x).reshape(b, t, -1, self.head_dim)
-            for project in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        q = self._heads(self.q_proj(x), self.q_norm)
+        k = self._heads(self.k_proj(x), self.k_norm)
+        v = self._heads(self.v_proj(x), None)
         if cache is None:
-            attend = functools.partial(self._attend, segments=segments)
+            attend = functools.partial(self._attend, segments=segments, window=window)
             y = (jax.checkpoint(attend) if self.policy.remat == "attention" else attend)(
                 q, k, v, rope
             )
             new = None
         else:
-            new = (ops.rotate(k, *rope).swapaxes(1, 2), v.swapaxes(1, 2))
+            assert slots is not None
+            q, k = _rotated(q, rope), _rotated(k, rope)
+            new = (k.swapaxes(1, 2), v.swapaxes(1, 2))
             y = ops.cached_attention(
-                ops.rotate(q, *rope),
+                q,
                 new,
                 cache,
                 segments=segments,  # pyright: ignore[reportArgumentType]
+                slots=slots,
+                window=window,
                 softmax_dtype=self.policy.softmax_dtype,
+                **self._extras(),
             )
         return self.o_proj(y.reshape(b, t, -1)), new
+
+    def _heads(self, x: jax.Array, norm: Any) -> jax.Array:
+        """[B, T, N * H] -> [B, T, N, H], normalised."""
+        shape = (*x.shape[:2], -1, self.config.head_dim)
+        if norm is None:
+            return x.reshape(shape)
+        wide = self.config.qk_norm == "width"
+        return norm(x).reshape(shape) if wide else norm(x.reshape(shape))
 
     def _attend(
         self,
         q: jax.Array,
         k: jax.Array,
         v: jax.Array,
-        rope: tuple[jax.Array, jax.Array],
+        rope: Rotation | None,
         *,
         segments: tuple[jax.Array | None, jax.Array | None],
+        window: int | None,
     ) -> jax.Array:
-        q, k = ops.rotate(q, *rope), ops.rotate(k, *rope)
-        mask = Mask(query_segments=segments[0], key_segments=segments[1])
-        return attend(q, k, v, mask, self.policy)
+        mask = Mask(window=window, query_segments=segments[0], key_segments=segments[1])
+        q, k = _rotated(q, rope), _rotated(k, rope)
+        return attend(q, k, v, mask, self.policy, **self._extras())
+
+    def _extras(self) -> dict[str, Any]:
+        c = self.config
+        slopes = None if c.alibi is None else jnp.asarray(c.alibi, jnp.float32)
+        return {"scale": c.scale, "softcap": c.softcap, "alibi": slopes}
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, policy: Policy) -> jax.Array:
+def _rotated(x: jax.Array, rope: Rotation | None) -> jax.Array:
+    return x if rope is None else ops.rotate(x, *rope)
+
+
+def attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: Mask,
+    policy: Policy,
+    *,
+    alibi: jax.Array | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+) -> jax.Array:
     """`ops.attention` as the policy says; on a mesh, a kernel runs on every device's own part.
 
     Args:
@@ -99,35 +173,44 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, policy: Policy)
         k, v: [B, S, K, H].
         mask: which key a query sees.
         policy: names the implementation and the mesh.
+        alibi, scale, softcap: see `ops.attention.Extras`; the slopes are of all heads.
     """
+    extras: dict[str, Any] = {"scale": scale, "softcap": softcap}
+    extras["softmax_dtype"] = policy.softmax_dtype
 
-    def call(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> jax.Array:
+    def call(
+        q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, alibi: jax.Array | None
+    ) -> jax.Array:
         return ops.attention(
-            q,
-            k,
-            v,
-            mask=mask,
-            softmax_dtype=policy.softmax_dtype,
-            implementation=policy.attention,
+            q, k, v, mask=mask, implementation=policy.attention, alibi=alibi, **extras
         )
 
     mesh = policy.mesh
     if mesh is None or mesh.size == 1:
-        return call(q, k, v, mask)
+        return call(q, k, v, mask, alibi)
     # Query heads and their key heads are cut alike, or not at all.
     cut = spec(k.shape, ("batch", "length", "key_heads", None), mesh)
-    batch, length, *_ = cut
+    batch, length, heads, _ = cut
     if length is None and policy.attention in ("xla", "reference"):
-        return call(q, k, v, mask)
+        return call(q, k, v, mask, alibi)
 
-    def ring(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> jax.Array:
-        operands = make_operands(q, k, v, mask, softmax_dtype=policy.softmax_dtype)
+    def ring(
+        q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, alibi: jax.Array | None
+    ) -> jax.Array:
+        operands = make_operands(q, k, v, mask, alibi=alibi, **extras)
         return ops.ring_attention(operands, "sequence", policy.attention)[0]
 
-    def ulysses(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> jax.Array:
-        return ops.ulysses_attention(q, k, v, mask, "sequence", call)
+    def ulysses(
+        q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, alibi: jax.Array | None
+    ) -> jax.Array:
+        if alibi is not None:  # of the heads that this device will get
+            shards = jax.lax.axis_size("sequence")
+            alibi = alibi.reshape(shards, -1)[jax.lax.axis_index("sequence")]
+        whole_rows = functools.partial(call, alibi=alibi)
+        return ops.ulysses_attention(q, k, v, mask, "sequence", whole_rows)
 
     crossing = {"ring": ring, "ulysses": ulysses}[policy.context_parallel]
     rows = jax.tree.map(lambda _: PartitionSpec(batch, length), mask)
     function = call if length is None else crossing
-    return on_shards(function, mesh, (cut, cut, cut, rows), cut)(q, k, v, mask)
+    specs = (cut, cut, cut, rows, PartitionSpec(heads))
+    return on_shards(function, mesh, specs, cut)(q, k, v, mask, alibi)

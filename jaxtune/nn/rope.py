@@ -1,7 +1,8 @@
 """Rotary position embedding (Su et al. 2021, arXiv 2104.09864) in Hugging Face's half-split layout.
 
 Types of scaling and their formulas follow transformers 5.23 `modeling_rope_utils`: default, linear,
-dynamic (NTK-aware, base grows with the longest position), llama3 and yarn (arXiv 2309.00071).
+dynamic (NTK-aware, base grows with the longest position), llama3, yarn (arXiv 2309.00071)
+and longrope (arXiv 2402.13753: other factors once positions exceed the original ones).
 """
 
 import math
@@ -11,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
+TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +24,7 @@ class Rope:
     type: str = "default"
     factor: float = 1.0
     max_positions: int = 0  # max_position_embeddings, for dynamic
-    original_max_positions: int = 0  # for llama3 and yarn
+    original_max_positions: int = 0  # for llama3, yarn and longrope
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     beta_fast: float = 32.0
@@ -32,12 +33,16 @@ class Rope:
     mscale: float | None = None
     mscale_all_dim: float | None = None
     truncate: bool = True
+    short_factor: tuple[float, ...] = ()  # for longrope, one for each frequency
+    long_factor: tuple[float, ...] = ()
 
 
 def rope_table(positions: jax.Array, rope: Rope) -> tuple[jax.Array, jax.Array]:
     """Cosines and sines, float32 [B, T, 1, H], for int32 positions [B, T]."""
     if rope.type == "dynamic":
         frequencies, factor = _dynamic(positions, rope), 1.0
+    elif rope.type == "longrope":
+        frequencies, factor = _longrope(positions, rope)
     else:
         frequencies, factor = _STATIC[rope.type](rope)
     angles = positions[..., None].astype(jnp.float32) * frequencies  # [B, T, H/2]
@@ -63,6 +68,18 @@ def _dynamic(positions: jax.Array, rope: Rope) -> jax.Array:
     growth = rope.factor * length / rope.max_positions - (rope.factor - 1)
     theta = rope.theta * growth ** (rope.head_dim / (rope.head_dim - 2))
     return 1.0 / theta ** (jnp.arange(0, rope.head_dim, 2, dtype=jnp.float32) / rope.head_dim)
+
+
+def _longrope(positions: jax.Array, rope: Rope) -> tuple[jax.Array, float]:
+    short, long = (
+        _inverse_powers(rope) / np.array(factors, np.float32)
+        for factors in (rope.short_factor, rope.long_factor)
+    )
+    factor = rope.attention_factor
+    if factor is None:
+        growth = math.log(max(rope.factor, 1.0)) / math.log(rope.original_max_positions)
+        factor = math.sqrt(1 + growth)
+    return jnp.where(positions.max() + 1 > rope.original_max_positions, long, short), factor
 
 
 def _llama3(rope: Rope) -> tuple[np.ndarray, float]:

@@ -6,10 +6,12 @@ layer at a time), one per layer when unrolled. `nn.params.suited_policy` chooses
 has the numbers.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -20,10 +22,24 @@ from jaxtune.sharding import pipeline
 REMAT = ("none", "attention", "dots", "offload", "full")
 
 
-def stack_sizes(num_layers: int, policy: Policy) -> tuple[int, ...]:
-    """Layers in each stack: of a scanned model, equal chunks."""
+def stack_sizes(num_layers: int, policy: Policy, kinds: Sequence[Any] = ()) -> tuple[int, ...]:
+    """Layers in each stack: of a scanned model, equal chunks.
+
+    Args:
+        num_layers: of the model.
+        policy: whether they are scanned, and in how many chunks.
+        kinds: of the layers; those that are left over after whole periods are a stack of their own.
+    """
     stacks = policy.chunks if policy.layers == "scan" else num_layers
-    return (num_layers // stacks,) * stacks
+    rest = num_layers % period(kinds) if stacks == 1 else 0
+    return (num_layers - rest, rest) if rest else (num_layers // stacks,) * stacks
+
+
+def period(kinds: Sequence[Any]) -> int:
+    """After how many layers their kinds repeat; all of them if they do not, 1 if there are none."""
+    lengths = range(1, len(kinds))
+    repeats = (n for n in lengths if all(kinds[i] == kinds[i % n] for i in range(len(kinds))))
+    return next(repeats, len(kinds) or 1)
 
 
 def make_stacks(
@@ -42,9 +58,10 @@ def scan_layers(
     stacks: Sequence[nnx.Module],
     x: jax.Array,
     rows: Any,
-    apply: Callable[[Any, jax.Array, Any, Any], tuple[jax.Array, Any]],
+    apply: Callable[[Any, Any, jax.Array, Any, Any], tuple[jax.Array, Any]],
     caches: Sequence[Any] | None,
     policy: Policy,
+    kinds: Sequence[Any],
 ) -> tuple[jax.Array, list[Any]]:
     """Sends x [B, T, D] through all layers.
 
@@ -52,9 +69,11 @@ def scan_layers(
         stacks: blocks with leading layer axes.
         x: input of the first layer.
         rows: a tree of arrays [B, ...] that go with the rows of x.
-        apply: (block, x, rows, cache of the layer) -> (x, new cache of the layer).
+        apply: (block, its kind, x, rows, cache of the layer) -> (x, new cache of the layer).
         caches: per stack, a tree with leading layer axes; None without a cache.
         policy: says what the backward pass recomputes, and over which stages layers are spread.
+        kinds: of all layers, what is static about each; a loop's body has one layer of each until
+            they repeat.
 
     Returns:
         The last layer's output, and the new caches of each stack.
@@ -64,22 +83,24 @@ def scan_layers(
     if policy.mesh is not None and _is_staged(params, policy.mesh):
 
         def stage(chunks: Any, turn: jax.Array, x: jax.Array, rows: Any) -> tuple[jax.Array, Any]:
-            def layer(x: jax.Array, candidates: Any) -> tuple[jax.Array, Any]:
+            def layer(kind: Any, x: jax.Array, candidates: Any) -> tuple[jax.Array, Any]:
                 params, cache = _chosen(candidates, turn)
-                return apply(nnx.merge(graphdefs[0], params), x, rows, cache)
+                return apply(nnx.merge(graphdefs[0], params), kind, x, rows, cache)
 
-            return _in_turn(layer, x, chunks, policy.remat)
+            return _in_turn(layer, x, chunks, policy.remat, kinds[: period(kinds)])
 
         micro_batches = policy.micro_batches if caches is None else 1
         return pipeline.run(stage, given, x, rows, mesh=policy.mesh, micro_batches=micro_batches)
-    new_caches = []
+    new_caches, first = [], 0
     for graphdef, stack in zip(graphdefs, given, strict=True):
 
-        def layer(x: jax.Array, params_and_cache: tuple, graphdef: Any = graphdef) -> tuple:
+        def layer(kind: Any, x: jax.Array, params_and_cache: tuple, graphdef: Any = graphdef):
             params, cache = params_and_cache
-            return apply(nnx.merge(graphdef, params), x, rows, cache)
+            return apply(nnx.merge(graphdef, params), kind, x, rows, cache)
 
-        x, new = _in_turn(layer, x, stack, policy.remat)
+        here = kinds[first : first + jax.tree.leaves(stack)[0].shape[0]]
+        first += len(here)
+        x, new = _in_turn(layer, x, stack, policy.remat, here[: period(here)])
         new_caches.append(new)
     return x, new_caches
 
@@ -97,14 +118,35 @@ def _chosen(candidates: Sequence[Any], turn: jax.Array) -> Any:
     return jax.tree.map(lambda *leaves: jax.lax.select_n(turn, *leaves), *candidates)
 
 
-def _in_turn(layer: Callable, x: jax.Array, given: Any, remat: str) -> tuple[jax.Array, Any]:
-    """One layer after the other; each takes its part of `given`, which has leading layer axes."""
-    num_layers = jax.tree.leaves(given)[0].shape[0]
-    layer = _rematerialized(layer, remat, scanned=num_layers > 1)
-    if num_layers > 1:
-        return jax.lax.scan(layer, x, given)
-    x, new = layer(x, jax.tree.map(lambda leaf: leaf[0], given))
-    return x, jax.tree.map(lambda leaf: leaf[None], new)
+def _in_turn(
+    layer: Callable, x: jax.Array, given: Any, remat: str, kinds: Sequence[Any]
+) -> tuple[jax.Array, Any]:
+    """One layer after the other; each takes its part of `given`, which has leading layer axes.
+
+    Args:
+        layer: (kind, x, its part of `given`) -> (x, its new cache).
+        kinds: of the first layers, until they repeat.
+    """
+    num_layers, size = jax.tree.leaves(given)[0].shape[0], len(kinds)
+    scanned = num_layers > size
+    layers = [
+        _rematerialized(functools.partial(layer, kind), remat, scanned=scanned) for kind in kinds
+    ]
+    if scanned and size == 1:
+        return jax.lax.scan(layers[0], x, given)
+
+    def group(x: jax.Array, parts: Any) -> tuple[jax.Array, Any]:
+        found = []
+        for i, one in enumerate(layers):
+            x, new = one(x, jax.tree.map(lambda leaf, i=i: leaf[i], parts))
+            found.append(new)
+        return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *found)
+
+    if not scanned:
+        return group(x, given)
+    groups = jax.tree.map(lambda leaf: leaf.reshape(-1, size, *leaf.shape[1:]), given)
+    x, new = jax.lax.scan(group, x, groups)
+    return x, jax.tree.map(lambda leaf: leaf.reshape(num_layers, *leaf.shape[2:]), new)
 
 
 def _rematerialized(layer: Callable, remat: str, *, scanned: bool) -> Callable:

@@ -39,6 +39,7 @@ def sft(
         weights,
         transposed=transposed,
         loss_dtype=loss_dtype,
+        logits=model.config.logits,
         shardings=_shardings(hidden, weight, transposed, model.policy),
         implementation=cross_entropy,
     )

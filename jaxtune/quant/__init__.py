@@ -6,6 +6,7 @@
 Both work under jit, vmap and eval_shape, so that shapes are known before there is an array.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -13,13 +14,14 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxtune.quant import codebook, int4, int8, nested
 from jaxtune.quant.qarray import PACK_ROWS, NestedScale, QArray, pack, unpack
 
 __all__ = [
     "FORMATS", "NestedScale", "QArray", "decode_scale", "dequantize", "pack", "quantize",
-    "quantize_like", "unpack",
+    "quantize_like", "take_columns", "unpack",
 ]  # fmt: skip
 
 
@@ -175,3 +177,18 @@ def _sort_rows(kernel: jax.Array, order: jax.Array) -> jax.Array:
     for _ in order.shape[:-1]:
         sort = jax.vmap(sort)
     return sort(kernel, order)
+
+
+def take_columns(kernel: QArray, columns: np.ndarray | None) -> QArray:
+    """Some columns of a kernel; nested scales, which are numbered over all, become plain ones."""
+    if columns is None:
+        return kernel
+    scale = kernel.scale
+    if isinstance(scale, NestedScale):
+        scale = decode_scale(scale, kernel.shape)
+    return dataclasses.replace(
+        kernel,
+        codes=kernel.codes[..., columns],
+        scale=scale[..., columns],
+        zero=None if kernel.zero is None else kernel.zero[..., columns],
+    )

@@ -9,6 +9,7 @@ from flax import nnx
 from jaxtune import models, tree
 from jaxtune.checkpoint.tensors import Checkpoint
 from jaxtune.nn.params import Policy
+from jaxtune.nn.stack import stack_sizes
 
 
 class Described(NamedTuple):
@@ -29,8 +30,7 @@ def describe() -> Callable[..., Described]:
         config = family.Config.from_hf(checkpoint.config)
         policy = Policy(layers=layers)
         skeleton = tree.describe(lambda: family.build(config, policy, nnx.Rngs(0)))
-        count = config.num_layers
-        stacks = (count,) if layers == "scan" else (1,) * count
-        return Described(family.WEIGHTS, skeleton.abstract(), stacks, skeleton)
+        stacks = stack_sizes(config.num_layers, policy, config.layer_kinds)
+        return Described(family.weights(config), skeleton.abstract(), stacks, skeleton)
 
     return run

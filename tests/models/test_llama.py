@@ -48,9 +48,8 @@ def test_logits_are_those_of_transformers(name: str):
     expected = oracle.hf_logits(hf, tokens)
     assert np.abs(expected).max() > 0.5
     checkpoint = oracle.checkpoint_of(hf)
-    for layers in ("scan", "unroll"):
-        got = oracle.logits(oracle.load(checkpoint, layers=layers), tokens)
-        assert oracle.difference(got, expected) <= tolerances.LOGITS, layers
+    got = oracle.logits(oracle.load(checkpoint), tokens)
+    assert oracle.difference(got, expected) <= tolerances.LOGITS
 
 
 def test_dynamic_rope_within_the_trained_length():
@@ -85,7 +84,7 @@ def test_gradients_are_those_of_torch(name: str, layers: str):
     got = gradient(loaded.params)
     theirs = {n: p.grad.numpy() for n, p in hf.named_parameters()}
     read = dataclasses.replace(checkpoint, read=lambda name: theirs[name])
-    expected = load_weights(read, loaded.family.WEIGHTS, loaded.skeleton.abstract(), loaded.stacks)
+    expected = load_weights(read, loaded.weights, loaded.skeleton.abstract(), loaded.stacks)
     scale = max(np.abs(x).max() for x in theirs.values())
     for path in expected:
         assert np.abs(got[path] - expected[path]).max() <= tolerances.GRADIENTS * scale, path
@@ -171,7 +170,8 @@ def test_config_of_transformers_4_reads_the_same():
     plain = {name: value for name, value in TINY.items() if name != "rope_theta"}
     new = Config.from_hf(plain | {"rope_parameters": YARN | {"rope_theta": 500.0}})
     assert old == new
-    assert old.rope.type == "yarn" and old.rope.theta == 500.0
+    rope = old.layer_kinds[0].rope
+    assert rope and rope.type == "yarn" and rope.theta == 500.0
 
 
 @pytest.mark.parametrize(

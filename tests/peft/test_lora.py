@@ -45,7 +45,7 @@ def peft_model(hf: Any, loaded: oracle.Loaded, adapted: oracle.Adapted, config: 
 def pairs(loaded: oracle.Loaded, adapted: oracle.Adapted) -> dict[str, tuple[str, int]]:
     """Name of each LoRA matrix in PEFT -> our path and the place in the stack."""
     found = {}
-    for module in modules(loaded.family.WEIGHTS, adapted.adapters, loaded.stacks):
+    for module in modules(loaded.weights, adapted.adapters, loaded.stacks):
         for leaf in "ab":
             name = f"base_model.model.{module.name}.lora_{leaf.upper()}.default.weight"
             assert module.index is not None

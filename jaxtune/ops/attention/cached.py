@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from jaxtune.ops.attention.mask import MASKED, Mask, visible
+from jaxtune.ops.attention.mask import MASKED
 
 
 def cached_attention(
@@ -17,9 +17,14 @@ def cached_attention(
     cached: tuple[jax.Array, jax.Array],
     *,
     segments: tuple[jax.Array, jax.Array],
+    slots: jax.Array,
+    window: int | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    alibi: jax.Array | None = None,
     softmax_dtype: DTypeLike = jnp.float32,
 ) -> jax.Array:
-    """softmax(q k^T / sqrt(H)) v over the cached keys and, causally, the new ones.
+    """softmax(q k^T scale) v over the cached keys and, causally, the new ones.
 
     Args:
         q: [B, T, N, H].
@@ -27,6 +32,8 @@ def cached_attention(
         cached: keys and values of earlier tokens, [B, K, S, H].
         segments: int32 ids of the new tokens [B, T] and of the cache [B, S]; a token sees keys of
             its own segment only.
+        slots: int32 [B, T], where in the cache the new tokens will be.
+        window, scale, softcap, alibi: see `Mask` and `Extras`.
         softmax_dtype: dtype in which probabilities meet the values.
 
     Returns:
@@ -37,19 +44,29 @@ def cached_attention(
     query_segments, cached_segments = segments
     grouped = q.reshape(b, t, kv, n // kv, h).transpose(0, 2, 3, 1, 4).reshape(b, kv, -1, h)
 
-    def scores(keys: jax.Array, sees: jax.Array | None) -> jax.Array:
+    def scores(keys: jax.Array, sees: jax.Array, distance: jax.Array) -> jax.Array:
         dots = jnp.einsum("bkqh,bksh->bkqs", grouped, keys, preferred_element_type=jnp.float32)
-        dots = dots.reshape(b, kv, n // kv, t, -1) * h**-0.5
-        return dots if sees is None else jnp.where(sees[:, None, None], dots, MASKED)
+        dots = dots.reshape(b, kv, n // kv, t, -1) * (h**-0.5 if scale is None else scale)
+        if softcap is not None:
+            dots = softcap * jnp.tanh(dots / softcap)
+        if alibi is not None:
+            dots -= alibi.reshape(1, kv, n // kv, 1, 1) * distance[:, None, None]
+        if window is not None:
+            sees &= distance < window
+        return jnp.where(sees[:, None, None], dots, MASKED)
 
     def mix(weights: jax.Array, values: jax.Array) -> jax.Array:
         weights = weights.reshape(b, kv, -1, weights.shape[-1])
         return jnp.einsum("bkqs,bksh->bkqh", weights, values, preferred_element_type=jnp.float32)
 
-    index = jnp.arange(t)
-    mask = Mask(query_segments=query_segments[:, :, None], key_segments=query_segments[:, None, :])
-    before = scores(cached[0], query_segments[:, :, None] == cached_segments[:, None, :])
-    among = scores(new[0], visible(mask, index[:, None], index[None, :]))
+    before = scores(
+        cached[0],
+        query_segments[:, :, None] == cached_segments[:, None, :],
+        slots[:, :, None] - jnp.arange(s),
+    )
+    distance = slots[:, :, None] - slots[:, None, :]
+    own = query_segments[:, :, None] == query_segments[:, None, :]
+    among = scores(new[0], own & (distance >= 0), distance)
     weights = jax.nn.softmax(jnp.concatenate([before, among], axis=-1), axis=-1)
     weights = weights.astype(softmax_dtype)
     y = mix(weights[..., :s], cached[1]) + mix(weights[..., s:], new[1])  # [B, K, G T, H]

@@ -19,6 +19,11 @@ class Logits:
     scale: float = 1.0
     softcap: float | None = None
 
+    def of(self, products: jax.Array) -> jax.Array:
+        """The logits of products x w."""
+        logits = products * self.scale
+        return logits if self.softcap is None else self.softcap * jnp.tanh(logits / self.softcap)
+
 
 @dataclass(frozen=True)
 class Penalties:
@@ -59,10 +64,7 @@ class Form:
 
     def to_logits(self, products: jax.Array) -> jax.Array:
         """float32 logits of float32 products x w."""
-        logits, cap = products * self.logits.scale, self.logits.softcap
-        if cap is not None:
-            logits = cap * jnp.tanh(logits / cap)
-        return logits.astype(self.dtype).astype(jnp.float32)
+        return self.logits.of(products).astype(self.dtype).astype(jnp.float32)
 
     def slope(self, logits: jax.Array) -> jax.Array | float:
         """d logits / d products."""
