@@ -23,6 +23,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtune import models, objectives, peft, tree
 from jaxtune.checkpoint import hf
 from jaxtune.checkpoint.adapter import Adapter, load_adapter
+from jaxtune.checkpoint.fused import require_supported
 from jaxtune.checkpoint.tensors import Checkpoint
 from jaxtune.distributed import batch_to_device, held_rows, to_device
 from jaxtune.errors import ConfigError
@@ -272,7 +273,9 @@ def _adapters(
         return None, None
     shapes = base.abstract()
     if config.adapter is None:
-        return None, peft.choose_adapters(base.model(shapes), config)
+        adapters = peft.choose_adapters(base.model(shapes), config)
+        require_supported(adapters, weights)
+        return None, adapters
     folder = Path(config.adapter)
     imported = load_adapter(folder, shapes, weights, stacks, base=checkpoint.name)
     if imported.adapters.method != config.method:

@@ -82,14 +82,19 @@ def randomized(model: Any, seed: int = 0) -> Any:
 
 def checkpoint_of(model: Any) -> Checkpoint:
     """A transformers model in memory, as an opened checkpoint."""
-    tensors = {name: tensor.detach().numpy() for name, tensor in model.state_dict().items()}
     config = model.config.to_dict()
+    state = published_names(model.state_dict(), config)
+    tensors = {name: tensor.detach().numpy() for name, tensor in state.items()}
     if model.config.tie_word_embeddings:
         tensors.pop("lm_head.weight", None)
-    if config["model_type"] == "gpt_neox":  # transformers renames what it reads
-        tensors["embed_out.weight"] = tensors.pop("lm_head.weight")
     infos = {name: TensorInfo(array.shape, array.dtype) for name, array in tensors.items()}
     return Checkpoint("random", Path("random"), config, None, infos, lambda name: tensors[name])
+
+
+def published_names(tensors: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """A torch model's tensors by their names in files, which transformers changes for GPT-NeoX."""
+    renamed = {"lm_head.weight": "embed_out.weight"} if config["model_type"] == "gpt_neox" else {}
+    return {renamed.get(name, name): tensor for name, tensor in tensors.items()}
 
 
 def load(checkpoint: Checkpoint, **policy: Any) -> Loaded:

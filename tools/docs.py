@@ -1,17 +1,19 @@
-"""Writes the reference page of all options, docs/config.md, from jaxtune/schema.py.
+"""Writes docs/config.md from jaxtune/schema.py, and the table in docs/models.md from the families.
 
-python tools/docs.py            writes the page
-python tools/docs.py --check    exits with 1 if the page differs from what would be written
+python tools/docs.py            writes the pages
+python tools/docs.py --check    exits with 1 if a page differs from what would be written
 """
 
 import dataclasses
+import re
 import sys
 import typing
 from pathlib import Path
 
 from jaxtune import schema
+from jaxtune.models.__main__ import families
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "config.md"
+DOCS = Path(__file__).resolve().parent.parent / "docs"
 
 HEADER = """\
 # Options
@@ -79,16 +81,41 @@ def page() -> str:
     return "\n".join([HEADER, *sections])
 
 
+def models_page() -> str:
+    """The page of models with a fresh table of families."""
+    text = (DOCS / "models.md").read_text(encoding="utf-8")
+    rows = ["| model_type | | positions | one tensor in files | sizes |", "|---|---|---|---|---|"]
+    for family in families():
+        fused, sizes = (
+            ", ".join(f"`{x}`" for x in names) for names in (family.fused, family.sizes)
+        )
+        rows.append(
+            f"| `{family.name}` | {family.about} | {family.positions} | {fused} | {sizes} |"
+        )
+    table = "\n".join(rows)
+    return re.sub(r"(<!-- families.*?-->\n).*?(<!-- end -->)", rf"\1{table}\n\2", text, flags=re.S)
+
+
+def pages() -> dict[Path, str]:
+    """Each page with generated text, as it should be."""
+    return {DOCS / "config.md": page(), DOCS / "models.md": models_page()}
+
+
+def stale() -> list[str]:
+    """Names of pages that differ from what would be written."""
+    return [path.name for path, text in pages().items() if path.read_text("utf-8") != text]
+
+
 def main() -> None:
-    """Writes the page, or compares it with the file."""
+    """Writes the pages, or compares them with the files."""
     if sys.argv[1:] == ["--check"]:
-        if not PAGE.exists() or PAGE.read_text(encoding="utf-8") != page():
-            print("docs/config.md is stale: run `make docs` and commit it")
-            sys.exit(1)
+        if old := stale():
+            sys.exit(f"docs: {', '.join(old)} differ from their source: run `make docs`")
         return
     if sys.argv[1:]:
         sys.exit("usage: python tools/docs.py [--check]")
-    PAGE.write_text(page(), encoding="utf-8")
+    for path, text in pages().items():
+        path.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ PEFT ignores what it does not expect; here missing, extra and mis-shaped tensors
 Source: PEFT 0.21.2 (utils/save_and_load.py).
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from jaxtune.checkpoint.adapter_config import (
     read_config,
 )
 from jaxtune.checkpoint.folder import replace_folder
+from jaxtune.checkpoint.fused import Whole, joined, separated, wholes, with_room
 from jaxtune.checkpoint.hf_save import write_json
 from jaxtune.checkpoint.safetensors import (
     read_along,
@@ -65,8 +67,8 @@ class Adapter:
 class Stored(NamedTuple):
     """A tensor of the folder and where it belongs."""
 
-    path: str  # of our variable
-    index: int | None  # position in its stack
+    whole: Whole
+    leaf: str  # which of our variables
     tensor: Tensor
 
     @property
@@ -76,22 +78,21 @@ class Stored(NamedTuple):
 
 
 def stored_tensors(
-    adapters: Adapters, adapted: Sequence[Module], base_params: Mapping[str, Any]
+    method: str, adapted: Sequence[Whole], base_params: Mapping[str, Any]
 ) -> dict[str, Stored]:
     """Name in the folder -> place, for every tensor of the adapters.
 
     Args:
-        adapters: the method.
+        method: its name.
         adapted: its layers.
         base_params: path -> anything with `.shape`, of the base model.
     """
     found = {}
-    for module in adapted:
-        d_in, d_out = base_params[f"{module.path}.kernel"].shape[-2:]
-        parts = METHODS[adapters.method].tensors(module.config, d_in, d_out)
-        for leaf, tensor in parts.items():
-            path = f"{module.path}.adapter.{leaf}"
-            found[f"{_PREFIX}{module.name}.{tensor.suffix}"] = Stored(path, module.index, tensor)
+    for whole in adapted:
+        d_in, d_out = base_params[f"{whole.first.path}.kernel"].shape[-2:]
+        d_out = sum(map(len, whole.columns)) or d_out
+        for leaf, tensor in METHODS[method].tensors(whole.config, d_in, d_out).items():
+            found[f"{_PREFIX}{whole.name}.{tensor.suffix}"] = Stored(whole, leaf, tensor)
     return found
 
 
@@ -120,12 +121,21 @@ def save_adapter(
         base: name of the base model, for base_model_name_or_path.
         revision: its revision, when it is a hub id.
     """
-    adapted = modules(weights, adapters, stacks)
-    stored = stored_tensors(adapters, adapted, base_params)
+    adapted = [with_room(whole) for whole in wholes(modules(weights, adapters, stacks), weights)]
+    stored = stored_tensors(adapters.method, adapted, base_params)
+
+    def variable(part: Module, leaf: str) -> np.ndarray:
+        array = params[f"{part.path}.adapter.{leaf}"]
+        return to_host(array if part.index is None else array[part.index])
 
     def read(key: str) -> np.ndarray:
-        path, index, tensor = stored[key]
-        array = to_host(params[path] if index is None else params[path][index])
+        whole, leaf, tensor = stored[key]
+        leaves = "ab" if whole.columns else (leaf,)
+        values = [
+            None if part is None else {name: variable(part, name) for name in leaves}
+            for part in whole.parts
+        ]
+        array = joined(whole, values)[leaf]
         own = array[tuple(slice(size) for size in tensor.shape)]
         return tensor.change.to_hf(own.astype(np.float32, copy=False))
 
@@ -135,7 +145,8 @@ def save_adapter(
         return read_along(tensors, read, max_shard_bytes=size)
     with replace_folder(folder, {"kind": "adapter", "base": base}) as temporary:
         write_folder(temporary, tensors, read, stem="adapter_model", max_shard_bytes=size)
-        fields = config_fields(adapters, adapted, weights, sum(stacks))
+        layers = [whole.first._replace(config=whole.config) for whole in adapted]
+        fields = config_fields(adapters, layers, weights, sum(stacks))
         fields |= {"base_model_name_or_path": base, "revision": revision}
         write_json(temporary / CONFIG_FILE, fields)
 
@@ -164,7 +175,8 @@ def load_adapter(
     """
     kernels = [path.removesuffix(".kernel") for path in base_params if path.endswith(".kernel")]
     adapters = read_adapters(folder, kernels, weights, stacks)
-    params = _read_params(folder, adapters, modules(weights, adapters, stacks), base_params)
+    adapted = wholes(modules(weights, adapters, stacks), weights)
+    adapters, params = _read_params(folder, adapters, adapted, base_params)
     trained_on = read_config(folder)[1].get("base_model_name_or_path")
     warnings = ()
     if trained_on and Path(trained_on).name != Path(base).name:
@@ -173,16 +185,16 @@ def load_adapter(
 
 
 def _read_params(
-    folder: Path, adapters: Adapters, adapted: Sequence[Module], base_params: Mapping[str, Any]
-) -> dict[str, np.ndarray]:
+    folder: Path, adapters: Adapters, adapted: Sequence[Whole], base_params: Mapping[str, Any]
+) -> tuple[Adapters, dict[str, np.ndarray]]:
     path = folder / WEIGHTS_FILE
     if not path.exists():
         for other in sorted(folder.iterdir()):
             refuse_pickle(other)
         raise WeightError(f"{folder} holds no {WEIGHTS_FILE} - copy the whole adapter folder")
     in_file = read_header(path)
-    expected = stored_tensors(adapters, adapted, base_params)
-    params = _empty(adapters, base_params)
+    expected = stored_tensors(adapters.method, adapted, base_params)
+    values: dict[str, dict[str, np.ndarray]] = {}
     problems = []
     for key, entry in expected.items():
         if key not in in_file:
@@ -194,15 +206,26 @@ def _read_params(
             array = entry.tensor.change.to_ours(read_tensor(in_file[key]).astype(np.float32))
             if not np.isfinite(array).all():
                 problems.append(f"NaN or infinity: {key}")
-            place = params[entry.path][... if entry.index is None else entry.index]
-            place[...] = padded(array, place.shape)
+            values.setdefault(entry.whole.name, {})[entry.leaf] = array
     problems += [f"unexpected: {key}" for key in in_file if key not in expected]
     if problems:
         raise WeightError(
             f"{path}: {len(problems)} tensors do not fit the base model and {CONFIG_FILE} - use "
             "the adapter's own base model:" + listing(problems, limit=len(problems))
         )
-    return params
+    parts = [part for whole in adapted for part in separated(whole, values[whole.name])]
+    choice = {path: list(configs) for path, configs in adapters.choice.items()}
+    for module, config, _ in parts:
+        choice[module.path][module.index or 0] = config
+    own = {path: tuple(configs) for path, configs in choice.items()}
+    adapters = dataclasses.replace(adapters, choice=own)
+    params = _empty(adapters, base_params)
+    for module, _, arrays in parts:
+        for leaf, array in arrays.items():
+            stack = params[f"{module.path}.adapter.{leaf}"]
+            place = stack[... if module.index is None else module.index]
+            place[...] = padded(array, place.shape)
+    return adapters, params
 
 
 def _empty(adapters: Adapters, base_params: Mapping[str, Any]) -> dict[str, np.ndarray]:

@@ -101,7 +101,7 @@ def _targets(
     short = []
     for ours in layers:
         last = names[ours].rsplit(".", 1)[-1]
-        alike = [other for other in names.values() if other.rsplit(".", 1)[-1] == last]
+        alike = [other for other in set(names.values()) if other.rsplit(".", 1)[-1] == last]
         short.append(last if len(alike) == 1 else names[ours].split("{}.")[1])
     return sorted(short), None if len(first) == num_layers else sorted(first)
 

@@ -1,5 +1,5 @@
-"""ChatGLM 2 and 3, and GLM-4-9B as first published (arXiv 2406.12793): half of each head is rotated,
-in pairs; fused projections.
+"""ChatGLM 2 and 3, and GLM-4-9B as first published (arXiv 2406.12793): half of each head rotated
+in pairs, fused projections.
 """
 
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""GPT-NeoX and Pythia (arXiv 2204.06745, 2304.01373): attention and MLP in parallel, fused heads."""
+"""GPT-NeoX and Pythia (arXiv 2204.06745, 2304.01373): parallel attention and MLP, fused heads."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -8,6 +8,7 @@ are float32 whatever the base's dtype; they are computed in the activations' dty
 stack that are not adapted have s = 0: they stay the base and their A and B get no gradient.
 """
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -169,14 +170,41 @@ def to_peft(config: Config, layers: Mapping[str, Config]) -> dict[str, Any]:
         config: the knobs.
         layers: name in transformers -> the layer's own knobs.
     """
-    del layers
-    alpha = int(config.alpha) if float(config.alpha).is_integer() else config.alpha
+    ranks = {name: own.rank for name, own in layers.items()}
+    alphas = {name: _number(own.alpha) for name, own in layers.items()}
     return {
         "r": config.rank,
-        "lora_alpha": alpha,
+        "rank_pattern": _pattern(ranks, config.rank),
+        "alpha_pattern": _pattern(alphas, config.alpha),
+        "lora_alpha": _number(config.alpha),
         "lora_dropout": config.dropout,
         "use_rslora": config.rslora,
     }
+
+
+def _number(value: float) -> int | float:
+    return int(value) if float(value).is_integer() else value
+
+
+def _pattern(values: Mapping[str, Any], usual: float) -> dict[str, Any]:
+    """Values that are not the usual one, by short names where all such layers have it."""
+    short: dict[str, set] = {}
+    for name, value in values.items():
+        short.setdefault(name.rsplit(".", 1)[-1], set()).add(value)
+    found = {}
+    for name, value in values.items():
+        last = name.rsplit(".", 1)[-1]
+        if value != usual:
+            found[last if len(short[last]) == 1 else name] = value
+    return found
+
+
+def _of_layer(fields: Mapping[str, Any], pattern: str, usual: str, name: str) -> Any:
+    """A layer's own value, as PEFT 0.21.2 (get_pattern_key) finds it, or the usual one."""
+    for key, value in (fields.get(pattern) or {}).items():
+        if re.match(rf"(.*\.)?({key})$", name):
+            return value
+    return fields.get(usual)
 
 
 def from_peft(fields: Mapping[str, Any], name: str) -> Config:
@@ -185,8 +213,8 @@ def from_peft(fields: Mapping[str, Any], name: str) -> Config:
     Raises:
         ValueError: r or lora_alpha is no number.
     """
-    del name
-    rank, alpha = fields.get("r"), fields.get("lora_alpha")
+    rank = _of_layer(fields, "rank_pattern", "r", name)
+    alpha = _of_layer(fields, "alpha_pattern", "lora_alpha", name)
     if type(rank) is not int or rank < 1 or not isinstance(alpha, int | float):
         raise ValueError(f"r={rank!r}, lora_alpha={alpha!r} are not numbers")
     return Config(

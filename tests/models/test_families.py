@@ -1,11 +1,31 @@
 """Every family of the table against transformers, and what holds for each of them."""
 
+import dataclasses
+import json
+import re
+from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-from jaxtune import models
+from jaxtune import models, tree
+from jaxtune.checkpoint.adapter import load_adapter, save_adapter
+from jaxtune.checkpoint.hf import load_weights
+from jaxtune.checkpoint.hf_save import save_model
+from jaxtune.checkpoint.safetensors import read_folder, read_tensor
+from jaxtune.checkpoint.tensors import Checkpoint
+from jaxtune.data.batch import TokenBatch
+from jaxtune.infer import engine
+from jaxtune.infer.sampling import make_sampling
+from jaxtune.nn.params import Policy
+from jaxtune.objectives.sft import sft
+from jaxtune.schema import Peft
+from jaxtune.sharding import rules
+from jaxtune.sharding.mesh import make_mesh
 from tests import oracle, tolerances
 
 ALIBI = {"max_position_embeddings": None, "model_max_length": 512}
@@ -97,12 +117,151 @@ def cases(*, default: int) -> Any:
     return pytest.mark.parametrize(("name", "variant"), marked)
 
 
-@cases(default=1)
-def test_logits_are_those_of_transformers(name: str, variant: str):
+def model_of(name: str, variant: str) -> tuple[Any, Checkpoint, np.ndarray]:
+    """The torch model, the same as a checkpoint, and tokens to try it with."""
     hf = oracle.hf_model(config_of(name, variant))
-    tokens = oracle.random_tokens(1, 2, 24)
+    return hf, oracle.checkpoint_of(hf), oracle.random_tokens(1, 2, 24)
+
+
+@cases(default=1)
+def test_logits_and_round_trip(name: str, variant: str, tmp_path: Path):
+    hf, checkpoint, tokens = model_of(name, variant)
     expected = oracle.hf_logits(hf, tokens)
     assert np.abs(expected).max() > 0.5
-    checkpoint = oracle.checkpoint_of(hf)
-    got = oracle.logits(oracle.load(checkpoint), tokens)
-    assert oracle.difference(got, expected) <= tolerances.LOGITS
+    loaded = oracle.load(checkpoint)
+    assert oracle.difference(oracle.logits(loaded, tokens), expected) <= tolerances.LOGITS
+    folder = tmp_path / "out"
+    save_model(folder, loaded.params, checkpoint, loaded.weights, loaded.stacks)
+    written = json.loads((folder / "config.json").read_text())
+    assert written == json.loads(json.dumps(checkpoint.config))
+    locations = read_folder(folder)
+    assert set(locations) == set(checkpoint.tensors)
+    for tensor, location in locations.items():
+        np.testing.assert_array_equal(read_tensor(location), checkpoint.read(tensor), tensor)
+
+
+@cases(default=0)
+def test_gradients_are_those_of_torch(name: str, variant: str):
+    import torch
+
+    hf, checkpoint, tokens = model_of(name, variant)
+    loaded = oracle.load(checkpoint)
+    ids = torch.tensor(tokens).long()
+    hf(ids, labels=ids).loss.backward()
+    positions = np.broadcast_to(np.arange(24), tokens.shape)
+    ones = np.ones_like(tokens)
+    batch = TokenBatch(tokens, positions, ones, ones.astype(np.float32))
+
+    @jax.jit
+    def gradient(params: Any) -> Any:
+        def loss(params: Any) -> jax.Array:
+            model = loaded.skeleton.model(params)
+            total, sums = sft(model, batch, loss_dtype=jnp.float32)
+            return total / sums["weight"]
+
+        return jax.grad(loss)(params)
+
+    got = gradient(loaded.params)
+    named = {name: p.grad for name, p in hf.named_parameters() if p.grad is not None}
+    theirs = oracle.published_names(named, checkpoint.config)
+    read = dataclasses.replace(checkpoint, read=lambda tensor: theirs[tensor].numpy())
+    expected = load_weights(read, loaded.weights, loaded.skeleton.abstract(), loaded.stacks)
+    scale = max(float(x.abs().max()) for x in theirs.values())
+    for path in expected:
+        assert np.abs(got[path] - expected[path]).max() <= tolerances.GRADIENTS * scale, path
+
+
+@cases(default=0)
+def test_cached_generation(name: str, variant: str):
+    import torch
+
+    hf, checkpoint, tokens = model_of(name, variant)
+    loaded = oracle.load(checkpoint)
+    prompts = [tokens[0, :9].tolist(), tokens[1, :4].tolist()]
+    sampling = make_sampling(temperature=0.0, top_k=0, top_p=1.0, repetition_penalty=1.0)
+    answers = engine.generate(
+        loaded.skeleton, loaded.params, prompts, max_new_tokens=32, eos_ids=(), sampling=sampling
+    )
+    for prompt, answer in zip(prompts, answers, strict=True):
+        row = np.array([prompt + answer], np.int32)
+        full = oracle.logits(loaded, row)[0].argmax(-1)
+        assert full[len(prompt) - 1 : -1].tolist() == answer
+        if hasattr(hf, "generate"):
+            hf.generation_config.eos_token_id = None
+            theirs = hf.generate(torch.tensor([prompt]), max_new_tokens=32, do_sample=False)
+            assert theirs[0, len(prompt) :].tolist() == answer
+        else:
+            theirs = oracle.hf_logits(hf, row)[0].argmax(-1)
+            assert theirs[len(prompt) - 1 : -1].tolist() == answer
+
+
+@pytest.mark.filterwarnings("ignore")  # PEFT warns of Conv1D, and of heads that are tied
+@cases(default=0)
+def test_lora_in_peft(name: str, variant: str, tmp_path: Path):
+    hf, checkpoint, tokens = model_of(name, variant)
+    loaded = oracle.load(checkpoint)
+    targets = ("q_proj", "v_proj", "o_proj", "up_proj", "down_proj")
+    adapted = oracle.adapt(loaded, Peft(target_modules=targets, rank=3, alpha=5.0))
+    params = {**adapted.frozen, **adapted.trainable}
+    model = adapted.skeleton.model(params)
+    positions = np.broadcast_to(np.arange(24), tokens.shape)
+    ours = model.logits(model.hidden(tokens, positions, None)[0])
+    folder, base = tmp_path / "adapter", loaded.skeleton.abstract()
+    where = (loaded.weights, loaded.stacks)
+    save_adapter(folder, params, adapted.adapters, base, *where, base="random")
+    back = load_adapter(folder, base, *where, base="random")
+    for path, array in back.params.items():
+        mine = params.get(path, np.zeros_like(array))
+        np.testing.assert_allclose(array, mine, rtol=1e-6, err_msg=path)
+    if hasattr(hf, "generate"):
+        import peft
+
+        theirs = oracle.hf_logits(peft.PeftModel.from_pretrained(hf, str(folder)).eval(), tokens)
+        assert oracle.difference(theirs, ours) <= tolerances.LOGITS
+
+
+@cases(default=0)
+def test_laws(name: str, variant: str):
+    _, checkpoint, tokens = model_of(name, variant)
+    loaded = oracle.load(checkpoint)
+    expected = oracle.logits(loaded, tokens)
+    unrolled = oracle.logits(oracle.load(checkpoint, layers="unroll"), tokens)
+    assert oracle.difference(unrolled, expected) <= tolerances.LOGITS
+    positions = np.tile(np.concatenate([np.arange(10), np.arange(14)]), (2, 1))
+    segments = np.tile(np.repeat([1, 2], [10, 14]).astype(np.int32), (2, 1))
+    packed = oracle.logits(loaded, tokens, positions, segments)
+    for part in (slice(0, 10), slice(10, 24)):
+        alone = oracle.logits(loaded, tokens[:, part])
+        assert oracle.difference(packed[:, part], alone) <= tolerances.LOGITS
+    mesh = make_mesh({"data": 1, "fsdp": 2, "tensor": 2, "sequence": 2})
+    sharded = oracle.load(checkpoint, mesh=mesh)
+    placed = rules.placed(sharded.skeleton, mesh)
+    params = {path: jax.device_put(x, placed[path].sharding) for path, x in sharded.params.items()}
+    spread = oracle.logits(sharded._replace(params=params), tokens, None, np.ones_like(tokens))
+    assert oracle.difference(spread, expected) <= tolerances.SHARDED
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", models.FAMILIES)
+def test_sizes_have_the_parameters_that_they_are_named_after(name: str):
+    family = models.family(name)
+    for size in family.SIZES:
+        config = family.Config.from_hf(models.sized(name, size))
+        skeleton = tree.describe(lambda c=config: family.build(c, Policy(), nnx.Rngs(0)))
+        match = re.fullmatch(r"(?:\d-)?([\d.]+)([mb])(\d*)(?:-.*)?", size)
+        assert match is not None, size
+        number = float(f"{match[1]}.{match[3]}" if match[3] else match[1])
+        named = number * {"m": 1e6, "b": 1e9}[match[2]]
+        assert tree.count(skeleton.abstract()) == pytest.approx(named, rel=0.3), size
+
+
+@pytest.mark.parametrize("name", models.FAMILIES)
+def test_tables_are_complete_and_sizes_are_read(name: str):
+    family = models.family(name)
+    for fields in (family.TINY, *family.SIZES.values()):
+        config = family.Config.from_hf(fields)
+        assert config.num_layers == len(config.layer_kinds)
+        rows = family.weights(config)
+        for tensor in {row.hf for row in rows if row.columns is not None}:
+            joined = np.concatenate([row.columns for row in rows if row.hf == tensor])
+            np.testing.assert_array_equal(np.sort(joined), np.arange(len(joined)), tensor)
