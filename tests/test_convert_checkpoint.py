@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from jaxtune.checkpoint.source import open_checkpoint
+from jaxtune.data import load_tokenizer
 from jaxtune.errors import ConfigError, WeightError
 from tests.checkpoint import states
 from tools import convert_checkpoint
@@ -77,3 +78,27 @@ def test_wrong_arguments(arguments: list[str], message: str, monkeypatch: pytest
 def test_folder_that_is_not_orbax(tmp_path: Path):
     with pytest.raises(WeightError, match="not written by to_orbax"):
         convert_checkpoint.to_hf(tmp_path, tmp_path / "out", None, 5.0)
+
+
+@pytest.mark.parametrize("model", ["tiny:llama", "tiny:gpt2", "tiny:gptj"])
+def test_added_tokens_start_as_the_mean(tmp_path: Path, model: str):
+    convert_checkpoint.add_tokens(model, tmp_path / "out", ["<a>", "<b>"], special=True)
+    old, new = open_checkpoint(model), open_checkpoint(str(tmp_path / "out"))
+    tokenizer = load_tokenizer(str(tmp_path / "out"))
+    assert new.config == old.config | {"vocab_size": len(tokenizer)}
+    assert tokenizer.convert_tokens_to_ids("<b>") == len(tokenizer) - 1
+    grown = {name for name, info in new.tensors.items() if info != old.tensors[name]}
+    heads = {"tiny:llama": {"lm_head.weight"}, "tiny:gptj": {"lm_head.weight", "lm_head.bias"}}
+    assert len(grown) == 1 + len(heads.get(model, ())) and heads.get(model, set()) <= grown
+    for name in new.tensors:
+        rows, before = new.read(name), old.read(name)
+        np.testing.assert_array_equal(rows[: len(before)], before)
+        for row in rows[len(before) :]:
+            np.testing.assert_allclose(row, before.mean(axis=0), atol=1e-6)
+
+
+def test_tokens_that_are_there_are_not_added(tmp_path: Path):
+    convert_checkpoint.add_tokens("tiny:llama", tmp_path / "out", ["<a>"], special=False)
+    with pytest.raises(ConfigError, match="has them all"):
+        again = str(tmp_path / "out")
+        convert_checkpoint.add_tokens(again, tmp_path / "again", ["<a>"], special=False)

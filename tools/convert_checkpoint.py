@@ -4,6 +4,8 @@ python tools/convert_checkpoint.py to_orbax MODEL FOLDER   MODEL as for config.m
                                    [--revision=branch, tag or commit of a hub id]
 python tools/convert_checkpoint.py to_hf FOLDER OUT        FOLDER as written by to_orbax;
                                    [--dtype=float32|bfloat16|float16] [--max_shard_gb=5]
+python tools/convert_checkpoint.py add_tokens MODEL OUT    a Hugging Face folder with more tokens;
+                                   --tokens=<a>,<b> [--special] [--revision=...]
 python tools/convert_checkpoint.py inspect MODEL           config, tensors, bytes by dtype;
                                    [--revision=...]
 
@@ -33,6 +35,7 @@ from jaxtune.checkpoint.hf_save import save_model, write_json
 from jaxtune.checkpoint.safetensors import shard_bytes
 from jaxtune.checkpoint.source import open_checkpoint
 from jaxtune.checkpoint.tensors import Checkpoint, TensorInfo, as_bytes, dtype_from_name
+from jaxtune.checkpoint.vocabulary import with_vocabulary
 from jaxtune.errors import ConfigError, WeightError, run_command
 from jaxtune.log import every_few_seconds, info, warn
 from jaxtune.models.base import Weight
@@ -163,6 +166,27 @@ def _open_orbax(folder: Path) -> Checkpoint:
     return Checkpoint(source["name"], folder, config, generation, tensors, read)
 
 
+def add_tokens(
+    name: str, out: Path, tokens: list[str], *, special: bool, revision: str | None = None
+) -> None:
+    """Writes a model with tokens added; a row of a new token is the mean of the old rows.
+
+    Raises:
+        WeightError: the model or its tokenizer cannot be read.
+        ConfigError: none of the tokens is new.
+        StorageError: `out` cannot be written.
+    """
+    checkpoint = open_checkpoint(name, revision)
+    tokenizer = data.load_tokenizer(checkpoint.tokenizer_source)
+    if not tokenizer.add_tokens(tokens, special_tokens=special):
+        raise ConfigError(f"--tokens={','.join(tokens)}: {name} has them all - name new ones")
+    family, config = models.read_config(checkpoint.config, name)
+    weights = family.weights(config)
+    if len(tokenizer) > config.vocab_size:
+        checkpoint = with_vocabulary(checkpoint, weights, len(tokenizer))
+    save_model(out, {}, checkpoint, weights, (config.num_layers,), tokenizer=tokenizer)
+
+
 def inspect(name: str, revision: str | None = None) -> None:
     """Prints what a model is, without reading its tensors."""
     checkpoint = open_checkpoint(name, revision)
@@ -190,6 +214,12 @@ def main() -> None:
     verb.add_argument("out", type=Path)
     verb.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
     verb.add_argument("--max_shard_gb", type=float, default=5.0)
+    verb = verbs.add_parser("add_tokens")
+    verb.add_argument("model")
+    verb.add_argument("out", type=Path)
+    verb.add_argument("--tokens", type=lambda text: text.split(","), required=True)
+    verb.add_argument("--special", action="store_true")
+    verb.add_argument("--revision")
     verb = verbs.add_parser("inspect")
     verb.add_argument("model")
     verb.add_argument("--revision")
@@ -203,6 +233,10 @@ def main() -> None:
         to_orbax(arguments.model, arguments.folder, arguments.revision)
     elif arguments.verb == "to_hf":
         to_hf(arguments.folder, arguments.out, arguments.dtype, arguments.max_shard_gb)
+    elif arguments.verb == "add_tokens":
+        special, revision = arguments.special, arguments.revision
+        tokens = arguments.tokens
+        add_tokens(arguments.model, arguments.out, tokens, special=special, revision=revision)
     else:
         inspect(arguments.model, arguments.revision)
 

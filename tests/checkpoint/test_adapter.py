@@ -155,8 +155,6 @@ def edit_weights(folder: Path, change: Callable[[dict], None]) -> None:
     [
         ({"peft_type": "LOKR"}, "peft_type 'LOKR' is not supported"),
         ({"use_dora": True}, "use_dora=true"),
-        ({"rank_pattern": {"q_proj": 8}}, "rank_pattern="),
-        ({"alpha_pattern": {"q_proj": 8}}, "alpha_pattern="),
         ({"bias": "all"}, 'bias="all"'),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save="),
         ({"lora_use_mixer": True}, "lora_use_mixer=true"),
