@@ -47,6 +47,11 @@ def resolve_policy(config: RunConfig, model_config: Any, mesh: Mesh) -> Policy:
         require_host_memory(mesh, "model.remat=offload")
     if model.offload_frozen:
         require_host_memory(mesh, "model.offload_frozen")
+        if period(model_config.layer_kinds) > 1:
+            raise ConfigError(
+                "config.model.offload_frozen fetches layer by layer in a scan, and the windows of "
+                "this model's layers differ - turn it off"
+            )
     names = [f.name for f in dataclasses.fields(Policy) if hasattr(model, f.name)]
     chosen = _cut_for_pipeline(config, model_config, mesh)
     chosen |= {name: getattr(model, name) for name in names if getattr(model, name) != "auto"}

@@ -18,8 +18,8 @@ from jaxtune.checkpoint.quantized_save import quantization_config, quantized_ten
 from jaxtune.checkpoint.safetensors import read_along, write_folder
 from jaxtune.checkpoint.tensors import Checkpoint, TensorInfo, dtype_from_name
 from jaxtune.distributed import to_host
-from jaxtune.errors import WeightError
-from jaxtune.models.base import Weight
+from jaxtune.errors import ConfigError, WeightError
+from jaxtune.models.base import TRANSPOSE, Weight
 from jaxtune.peft import METHODS, Adapters
 from jaxtune.quant import QArray
 
@@ -104,6 +104,11 @@ def save_model(
 def _matrices(weights: Sequence[Weight], num_layers: int) -> set[str]:
     """Hugging Face names of the matrices of all layers."""
     rows = [w for w in weights if w.ours.startswith("layers.") and w.ours.endswith(".kernel")]
+    if any(row.change is not TRANSPOSE for row in rows):
+        raise ConfigError(
+            "--quantize: bitsandbytes has no form for this family's matrices, which lie the other "
+            "way round (Conv1D) - export them dense"
+        )
     return {row.hf.format(layer) for row in rows for layer in range(num_layers)}
 
 

@@ -125,7 +125,7 @@ def _open_folder(folder: Path, name: str) -> Checkpoint:
         ggufs = sorted(file.name for file in folder.glob("*.gguf"))
         hint = f"give one of its files: {', '.join(ggufs)}" if ggufs else "give a model folder"
         raise WeightError(f"{name} holds no config.json - {hint}")
-    locations = read_folder(folder)
+    locations = _with_prefix(read_folder(folder), config)
     generation = _read_json(folder / "generation_config.json")
     tensors = {key: location.info for key, location in locations.items()}
 
@@ -139,6 +139,17 @@ def _open_folder(folder: Path, name: str) -> Checkpoint:
     if quantization.get("quant_method") == "fp8":
         return _dequantized(checkpoint, locations, quantization)
     return prequantized.opened(checkpoint, quantization)
+
+
+def _with_prefix(locations: dict[str, Location], config: Mapping[str, Any]) -> dict[str, Location]:
+    """Tensors by the names of the model with a head, of files saved without one (GPT-2, BLOOM)."""
+    model_type = config.get("model_type")
+    known = model_type in models.FAMILIES
+    prefix = getattr(models.family(model_type), "PREFIX", "") if known else ""
+    if any(name.startswith(prefix) for name in locations):
+        return locations
+    heads = ("lm_head.",)
+    return {name if name.startswith(heads) else prefix + name: x for name, x in locations.items()}
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

@@ -5,6 +5,7 @@ weights    weights(config) -> tuple of `Weight` rows: our parameter path, Huggin
            name, the change; rows of parameters that the config leaves out do no harm
 TINY       config.json of a model small enough for tests (`model.path=tiny:<family>`)
 SIZES      name of a published size -> its config.json, for plans without files
+PREFIX     what tensor names begin with that files may leave out (only where they do)
 build      build(config, policy, rngs) -> nnx.Module
 
 A parameter path joins attribute names with dots, as `tree.flatten` gives them. Parameters of layers

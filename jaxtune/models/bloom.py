@@ -15,6 +15,8 @@ from jaxtune.nn.alibi import alibi_slopes
 from jaxtune.nn.norm import LayerNorm
 from jaxtune.nn.params import Policy
 
+PREFIX = "transformer."
+
 _NAMES = {"num_hidden_layers": "n_layer", "num_attention_heads": "n_head"}
 TINY = {
     "architectures": ["BloomForCausalLM"],

@@ -11,6 +11,7 @@ from jaxtune.models.decoder import Decoder, DecoderConfig
 from jaxtune.models.tables import concatenated, fused, linear, norm, qkv
 
 build = Decoder
+PREFIX = "transformer."
 
 _NAMES = {
     "hidden_size": "n_embd",

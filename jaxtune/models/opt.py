@@ -11,6 +11,7 @@ from jaxtune.models.decoder import Decoder, DecoderConfig
 from jaxtune.models.tables import linear, norm
 
 build = Decoder
+PREFIX = "model."
 
 _FIRST_POSITION = 2
 TINY = {

@@ -16,14 +16,17 @@ from jaxtune import models, tree
 from jaxtune.checkpoint.adapter import load_adapter, save_adapter
 from jaxtune.checkpoint.hf import load_weights
 from jaxtune.checkpoint.hf_save import save_model
-from jaxtune.checkpoint.safetensors import read_folder, read_tensor
+from jaxtune.checkpoint.safetensors import read_folder, read_tensor, write_folder
+from jaxtune.checkpoint.source import open_checkpoint
 from jaxtune.checkpoint.tensors import Checkpoint
 from jaxtune.data.batch import TokenBatch
+from jaxtune.errors import ConfigError
 from jaxtune.infer import engine
 from jaxtune.infer.sampling import make_sampling
 from jaxtune.nn.params import Policy
 from jaxtune.objectives.sft import sft
-from jaxtune.schema import Peft
+from jaxtune.policy import resolve_policy
+from jaxtune.schema import Model, Peft, RunConfig
 from jaxtune.sharding import rules
 from jaxtune.sharding.mesh import make_mesh
 from tests import oracle, tolerances
@@ -265,3 +268,21 @@ def test_tables_are_complete_and_sizes_are_read(name: str):
         for tensor in {row.hf for row in rows if row.columns is not None}:
             joined = np.concatenate([row.columns for row in rows if row.hf == tensor])
             np.testing.assert_array_equal(np.sort(joined), np.arange(len(joined)), tensor)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt"])
+def test_files_without_the_prefix_of_the_model(name: str, tmp_path: Path):
+    tiny = open_checkpoint(f"tiny:{name}")
+    prefix = models.family(name).PREFIX
+    short = {tensor.removeprefix(prefix): tensor for tensor in tiny.tensors}
+    infos = {key: tiny.tensors[tensor] for key, tensor in short.items()}
+    write_folder(tmp_path, infos, lambda key: tiny.read(short[key]))
+    (tmp_path / "config.json").write_text(json.dumps(tiny.config))
+    assert open_checkpoint(str(tmp_path)).tensors == tiny.tensors
+
+
+def test_windows_that_do_not_repeat_within_a_stage_are_refused():
+    config = dataclasses.replace(RunConfig(), model=Model(path="tiny:gemma2"))
+    model_config = models.read_config(models.family("gemma2").TINY, "tiny:gemma2")[1]
+    with pytest.raises(ConfigError, match="inside the 2 after which their windows repeat"):
+        resolve_policy(config, model_config, make_mesh({"stage": 3}, jax.devices()[:3]))
