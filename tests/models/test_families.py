@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,14 @@ def cases(*quick: str) -> Any:
         marks = [] if is_quick else [pytest.mark.slow]
         marked.append(pytest.param(name, variant, marks=marks, id=f"{name}-{variant}"))
     return pytest.mark.parametrize(("name", "variant"), marked)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compiles() -> Iterator[None]:
+    """Compiling takes nearly all of the time of these tests."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def model_of(name: str, variant: str) -> tuple[Any, Checkpoint, np.ndarray]:
