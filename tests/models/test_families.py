@@ -3,7 +3,9 @@
 import dataclasses
 import json
 import re
-from collections.abc import Iterator
+import sys
+import types
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,8 @@ from jaxtune.data.batch import TokenBatch
 from jaxtune.errors import ConfigError
 from jaxtune.infer import engine
 from jaxtune.infer.sampling import make_sampling
+from jaxtune.models import llama_layout
+from jaxtune.models.decoder import Decoder, DecoderConfig
 from jaxtune.nn.params import Policy
 from jaxtune.objectives.sft import sft
 from jaxtune.policy import resolve_policy
@@ -295,3 +299,19 @@ def test_windows_that_do_not_repeat_within_a_stage_are_refused():
     model_config = models.read_config(models.family("gemma2").TINY, "tiny:gemma2")[1]
     with pytest.raises(ConfigError, match="inside the 2 after which their windows repeat"):
         resolve_policy(config, model_config, make_mesh({"stage": 3}, jax.devices()[:3]))
+
+
+def test_the_family_of_the_contributing_page(monkeypatch: pytest.MonkeyPatch):
+    page = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    example = page.split("### Adding a model family")[1].split("```python\n")[1].split("```")[0]
+    assert len(example.splitlines()) <= 40
+    module = types.ModuleType("jaxtune.models.page")
+    names = {"dataclass": dataclasses.dataclass, "Any": Any, "Mapping": Mapping}
+    names |= {"llama_layout": llama_layout, "Decoder": Decoder, "DecoderConfig": DecoderConfig}
+    module.__dict__.update(names)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setitem(models.FAMILIES, "mistral", "page")
+    exec(example, module.__dict__)
+    hf, checkpoint, tokens = model_of("mistral", "tiny")
+    got = oracle.logits(oracle.load(checkpoint), tokens)
+    assert oracle.difference(got, oracle.hf_logits(hf, tokens)) <= tolerances.LOGITS
