@@ -68,6 +68,11 @@ def contradictions(config: RunConfig) -> list[str]:
             "config.optim.embedding_learning_rate follows the schedule of optim.learning_rate, "
             "which is 0 - set both"
         )
+    for name in ("weights", "repeats", "max_samples"):
+        if any(value <= 0 for value in getattr(c.data, name)):
+            problems.append(f"config.data.{name}={getattr(c.data, name)}: must be above 0")
+    if c.data.template == "none" and c.data.enable_thinking is not None:
+        problems.append("config.data.enable_thinking needs a chat template - unset data.template")
     problems += _unread(c)
     axes = c.mesh.axes()
     problems += [f"config.mesh.{name}=0: must be -1 or >= 1" for name, n in axes.items() if n == 0]
@@ -114,6 +119,8 @@ def _unread(c: RunConfig) -> list[str]:
         (c.data.cuts_examples, "data", ("overlong",), "data.packer=concat cuts between rows"),
         (not c.data.streaming, "data", ("shuffle_units",), "needs data.streaming=true"),
         (c.data.on_bad_row == "error", "data", ("max_bad_fraction",), "needs on_bad_row=skip"),
+        (c.data.mix == "concatenate", "data", ("weights",), "data.mix=concatenate; see repeats"),
+        (c.data.streaming, "data", ("mix", "repeats", "max_samples"), "data.streaming reads all"),
         (c.train.num_steps is not None, "train", ("num_epochs",), "train.num_steps decides"),
         (c.optim.schedule == "constant", "optim", ("min_lr_ratio",), "optim.schedule is constant"),
         (c.optim.name == "adafactor", "optim", ("b1", "b2", "eps"), "adafactor has its own"),

@@ -77,7 +77,9 @@ def export(
     if to in ("merged", "both"):
         paths["merged"] = out / "merged" if to == "both" else out
         source = cfg.model.tokenizer or run.checkpoint.tokenizer_source
-        tokenizer = data.load_tokenizer(source, template=cfg.data.template)
+        tokenizer = data.load_tokenizer(
+            source, template=cfg.data.template, enable_thinking=cfg.data.enable_thinking
+        )
         if build.quantized_kernels(run) and cfg.checkpoint.merge_base == "dequantized":
             params |= build.fill_base(run, every_few_seconds("loading weights"))
         write_merged(

@@ -76,29 +76,31 @@ class HeldOut:
             return {}
         rows = self._rows()
         self._log.say(f"answering {len(rows)} held-out rows ...")
-        prompts = [data.prompt_ids(self._tokenizer, messages).tolist() for messages, _ in rows]
+        prompts = [
+            data.prompt_ids(self._tokenizer, row.messages[:-1], tools=row.tools, raw=row.raw)
+            for row in rows
+        ]
         stops = data.stop_ids(self._tokenizer)
         outputs = generate(
             self._run.skeleton,
             {**self._frozen, **trainable},
-            prompts,
+            [prompt.tolist() for prompt in prompts],
             max_new_tokens=config.max_new_tokens,
             eos_ids=stops,
             sampling=Sampling(),
         )
         answers = [self._tokenizer.decode(ids, skip_special_tokens=True) for ids in outputs]
         exact = [
-            answer.strip() == right.strip()
-            for answer, (_, right) in zip(answers, rows, strict=True)
+            answer.strip() == row.messages[-1].content.strip()
+            for answer, row in zip(answers, rows, strict=True)
         ]
         self._record(step, {"exact_match": sum(exact) / len(exact)})
         return self._write_samples("answer" if step else "answer_before", answers)
 
-    def _rows(self) -> list[tuple[tuple[data.Message, ...], str]]:
-        """The messages before the last answer, and that answer, of the measured rows."""
+    def _rows(self) -> list[data.Example]:
+        """The conversations whose last answer is measured."""
         assert self._dataset is not None
-        examples = self._dataset.examples
-        return [data.split_answer(e) for e in examples[: self._run.config.eval.max_rows or None]]
+        return self._dataset.examples[: self._run.config.eval.max_rows or None]
 
     def _write_samples(self, field: str, answers: list[str]) -> dict[str, Path]:
         """Adds a field to the rows of samples.jsonl; after training, shows a few rows."""
@@ -106,8 +108,8 @@ class HeldOut:
         if not process.is_first():
             return {"samples": path}
         samples = [
-            {"prompt": messages[-1].content, "reference": right, field: answer}
-            for (messages, right), answer in zip(self._rows(), answers, strict=True)
+            {"prompt": _prompt(row), "reference": row.messages[-1].content, field: answer}
+            for row, answer in zip(self._rows(), answers, strict=True)
         ]
         if field == "answer" and path.exists():
             before = {row["prompt"]: row.get("answer_before") for row in read_rows(path)}
@@ -125,3 +127,8 @@ class HeldOut:
     def _record(self, step: int, row: dict[str, float]) -> None:
         self.last |= {f"eval_{name}": value for name, value in row.items()}
         self._log.write(step, "eval", row)
+
+
+def _prompt(row: data.Example) -> str:
+    """What stands before the last answer (nothing, if the row is a text)."""
+    return row.messages[-2].content if len(row.messages) > 1 else ""

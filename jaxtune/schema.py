@@ -10,6 +10,11 @@ from typing import Any
 
 # What model.remat may be if a layer's weights are brought to it, from host memory or a chunk.
 FETCHING = ("dots", "full")
+DATA_FORMATS = (
+    *("alpaca", "messages", "sharegpt", "xtuner", "src_tgt", "prompt_completion", "qa"),
+    *("multiple_choice", "text", "document"),
+    *("preference", "rejected", "ranked", "rated", "classified"),
+)
 QUANT_FORMATS = ("int8", "int8_block", "int4", "nf4", "fp4")
 
 
@@ -148,19 +153,64 @@ class Data:
     """What is learnt from, and how rows become batches."""
 
     train: tuple[str, ...] = _field(
-        (), "training files or folders: .json, .jsonl (.gz), .parquet, datasets folder"
+        (),
+        "sources of training rows: files (JSON, JSON lines, CSV, Parquet, Arrow, text, gzip), "
+        "patterns (data/*.jsonl), folders, hub ids (org/name), entries of registry",
     )
-    eval: tuple[str, ...] = _field((), "held-out files; empty: see eval_fraction")
+    eval: tuple[str, ...] = _field(
+        (), "sources of held-out rows, as train; empty: see eval_fraction"
+    )
     eval_fraction: float = _field(
         0.0, "share of the training rows held out when eval is empty", low=0.0, high=0.9
     )
     format: str = _field(
         "auto",
-        "row schema; auto recognises it from the first row's fields",
-        choices=("auto", "alpaca", "messages"),
+        "row schema; auto recognises it from the fields of each file's first row",
+        choices=("auto", *DATA_FORMATS),
+    )
+    registry: str | None = _field(
+        None, "a LLaMA-Factory dataset_info.json, whose entries train and eval may name"
+    )
+    columns: tuple[str, ...] = _field(
+        (),
+        "renamed fields as ours=theirs (instruction=Question,output=Best Answer); then only the "
+        "fields named here are read",
+    )
+    function: str | None = _field(
+        None,
+        "module:function that makes fields of a known format of a row's fields (None: the row is "
+        "left out)",
+    )
+    text_rows: str = _field(
+        "line",
+        "what is a row of a plain text file: line, paragraph (up to a blank line) or file",
+        choices=("line", "paragraph", "file"),
+    )
+    mix: str = _field(
+        "concatenate",
+        "how several sources of train become one: concatenate; interleave_under (until the first "
+        "is used up), interleave_over (until all were used up, shorter ones again), "
+        "interleave_once (until all are used up)",
+        choices=("concatenate", "interleave_under", "interleave_over", "interleave_once"),
+    )
+    weights: tuple[float, ...] = _field(
+        (), "shares of the sources when interleaved, in any unit; empty: they take turns"
+    )
+    repeats: tuple[float, ...] = _field(
+        (), "how often each source's rows appear in an epoch (0.5: a random half); one for all"
+    )
+    max_samples: tuple[int, ...] = _field(
+        (), "rows considered of each source, the first ones; one for all"
     )
     template: str | None = _field(
-        None, "built-in chat template (see docs/data.md); default: the tokenizer's own"
+        None,
+        "built-in chat template (see docs/data.md), a chat_template.json of PaddleNLP's, or none: "
+        "texts are joined as they are; default: the tokenizer's own",
+    )
+    enable_thinking: bool | None = _field(
+        None,
+        "value of the chat template's variable of that name (Qwen 3 and others): false puts an "
+        "empty thought into the prompt, true or unset lets the answer begin with its thought",
     )
     max_seq_len: int = _field(512, "tokens in a row, at most", low=8, high=1 << 20)
     packing: bool = _field(True, "several examples in a row; false: one example a row")
@@ -184,8 +234,9 @@ class Data:
     )
     train_on: str = _field(
         "answers",
-        "tokens that carry loss: the assistant's answers and their end-of-turn token, or all",
-        choices=("answers", "all"),
+        "tokens that carry loss: the assistant's answers and their end-of-turn tokens, the last "
+        "answer only, or all; answers that a row marks as not trained never do",
+        choices=("answers", "last", "all"),
     )
     loss_weights: str = _field(
         "tokens",

@@ -149,7 +149,9 @@ def _describe(
     checkpoint = open_checkpoint(cfg.model.path, cfg.model.revision)
     run = build.describe(cfg, mesh, checkpoint)
     source = cfg.model.tokenizer or checkpoint.tokenizer_source
-    tokenizer = data.load_tokenizer(source, template=cfg.data.template)
+    tokenizer = data.load_tokenizer(
+        source, template=cfg.data.template, enable_thinking=cfg.data.enable_thinking
+    )
     vocab_size = run.model_config.vocab_size
     train_set, held_out_set = data.load(
         cfg.data, tokenizer, seed=cfg.train.seed, vocab_size=vocab_size

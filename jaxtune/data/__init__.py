@@ -11,11 +11,12 @@ record --formats--> Example --tokenize--> TokenRow --packing, loader--> TokenBat
 
 from jaxtune.data.batch import TokenBatch, TokenRow
 from jaxtune.data.dataset import Dataset, Stats, load
-from jaxtune.data.formats import Example, Message
+from jaxtune.data.examples import Example, Message
 from jaxtune.data.lanes import Lanes
 from jaxtune.data.loader import Loader, make_loader
 from jaxtune.data.stream import Stream
-from jaxtune.data.tokenize import load_tokenizer, prompt_ids, split_answer, stop_ids
+from jaxtune.data.tokenize import prompt_ids, stop_ids
+from jaxtune.data.tokenizer import load_tokenizer
 
 __all__ = [
     "Dataset",
@@ -31,6 +32,5 @@ __all__ = [
     "load_tokenizer",
     "make_loader",
     "prompt_ids",
-    "split_answer",
     "stop_ids",
 ]

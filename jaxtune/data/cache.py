@@ -17,7 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from jaxtune.data import sources, table
+from jaxtune.data import formats, sources, table
+from jaxtune.data.locations import Source
 from jaxtune.data.table import Tokenized
 from jaxtune.log import warn
 from jaxtune.schema import Data
@@ -27,16 +28,17 @@ NOT_IN_ROWS = (
     *("train", "eval", "eval_fraction", "packing", "packer", "isolated", "pad_to"),
     *("loss_weights", "shuffle", "prefetch", "allow_change", "cache", "workers"),
     *("streaming", "shuffle_units"),
+    *("mix", "weights", "repeats", "max_samples"),
 )
 
 
 def tokenized(
-    paths: Sequence[str], cfg: Data, tokenizer: Any, make: Callable[[Path], None]
+    found: Sequence[Source], cfg: Data, tokenizer: Any, make: Callable[[Path], None]
 ) -> Tokenized:
-    """The table of some files: from the cache, or made now and kept there.
+    """The table of some sources: from the cache, or made now and kept there.
 
     Args:
-        paths: the files, as the config names them.
+        found: the sources.
         cfg: how they become rows, and where the cache is.
         tokenizer: with its chat template.
         make: writes the table into an empty folder.
@@ -47,7 +49,7 @@ def tokenized(
         with tempfile.TemporaryDirectory(prefix="jaxtune-tokens-") as folder:
             make(Path(folder))
             return table.read(Path(folder))
-    entry = root / _key(paths, cfg, tokenizer)
+    entry = root / _key(found, cfg, tokenizer)
     with _lock(entry.with_suffix(".lock")):
         try:
             return table.read(entry)
@@ -87,10 +89,12 @@ def _folder(name: str | None) -> Path | None:
     return None
 
 
-def _key(paths: Sequence[str], cfg: Data, tokenizer: Any) -> str:
+def _key(found: Sequence[Source], cfg: Data, tokenizer: Any) -> str:
     options = dataclasses.asdict(cfg)
     parts = {name: value for name, value in options.items() if name not in NOT_IN_ROWS}
-    parts |= {"paths": list(paths), "files": sources.hash_files(paths), "code": _code()}
+    files = [file for source in found for file in source.files]
+    parts |= {"sources": list(found), "files": sources.hash_files(files), "code": _code()}
+    parts |= {"function": cfg.function and formats.row_function_source(cfg.function)}
     parts |= {"cuts": cfg.cuts_examples, "tokenizer": tokenizer_identity(tokenizer)}
     return hashlib.sha256(repr(sorted(parts.items())).encode()).hexdigest()
 

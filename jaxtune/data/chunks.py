@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from jaxtune.data.batch import TokenRow
-from jaxtune.data.formats import Example
-from jaxtune.data.sources import BadRow, RowError
+from jaxtune.data.examples import Example
+from jaxtune.data.rows import BadRow, RowError
 from jaxtune.data.table import FLAG, TOKEN, Chunk
 from jaxtune.data.tokenize import Chat, rows_of
 from jaxtune.errors import DataError, WeightError, listing

@@ -5,16 +5,17 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from jaxtune.data import cache, sources, table
+from jaxtune.data import cache, mixtures, sources, table
 from jaxtune.data.chunks import COUNTED, check_chunks, check_vocabulary
-from jaxtune.data.formats import Example
+from jaxtune.data.examples import Example
+from jaxtune.data.locations import Source
 from jaxtune.data.position import ROW_OPTIONS
-from jaxtune.data.records import read_examples
-from jaxtune.data.sources import BadRow
+from jaxtune.data.records import read_examples, sources_of
+from jaxtune.data.rows import BadRow
 from jaxtune.data.stream import Stream, open_stream
 from jaxtune.data.table import Chunk, TokenTable
 from jaxtune.data.tokenize import chat_of
@@ -25,6 +26,15 @@ from jaxtune.schema import Data
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+
+class SourceStats(NamedTuple):
+    """What remains of one source: its name, tokenized rows, tokens, and those that carry loss."""
+
+    name: str
+    rows: int
+    tokens: int
+    trained_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +51,7 @@ class Stats:
         untrained: rows left out because nothing in them is learnt (empty or cut-off answers).
         split: additional rows, from templates that rewrite earlier turns.
         unended: rows whose last answer is learnt without an end-of-turn token.
+        sources: what remains of each source, in the order of the config.
     """
 
     records: int = 0
@@ -54,6 +65,7 @@ class Stats:
     untrained: int = 0
     split: int = 0
     unended: int = 0
+    sources: tuple[SourceStats, ...] = ()
 
     def __str__(self) -> str:
         text = f"{self.rows} rows, {self.tokens} tokens ({self.trained_tokens} trained), "
@@ -66,7 +78,11 @@ class Stats:
             "added by splitting conversations into turns": self.split,
             "without an end-of-turn token": self.unended,
         }
-        return "; ".join([text, *(f"{count} {what}" for what, count in notes.items() if count)])
+        text = "; ".join([text, *(f"{count} {what}" for what, count in notes.items() if count)])
+        for source in self.sources if len(self.sources) > 1 else ():
+            text += f"\n  {source.name}: {source.rows} rows, {source.tokens} tokens "
+            text += f"({source.trained_tokens} trained)"
+        return text
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,7 +124,7 @@ def load(
     Args:
         cfg: the data section of the config.
         tokenizer: with a chat template.
-        seed: decides which rows `eval_fraction` holds out.
+        seed: decides which rows `eval_fraction` holds out, and how sources are mixed.
         vocab_size: rows of the model's embedding table.
 
     Returns:
@@ -122,92 +138,137 @@ def load(
     if not cfg.train:
         raise ConfigError("data.train is empty - name at least one file of training data")
     chat_of(tokenizer)  # a template that cannot be used is named before files are read
+    found, held_out_found = sources_of(cfg, "train"), sources_of(cfg, "eval")
+    held_out = _Sources(held_out_found, cfg, tokenizer, vocab_size) if held_out_found else None
+    measured = held_out and held_out.dataset(np.ones(len(held_out.is_bad), bool))
     if cfg.streaming:
-        held_out = _Files(cfg.eval, cfg, tokenizer, vocab_size).dataset() if cfg.eval else None
-        return open_stream(cfg.train, cfg, tokenizer, vocab_size), held_out
-    files = _Files(cfg.train, cfg, tokenizer, vocab_size)
-    if cfg.eval:
-        return files.dataset(), _Files(cfg.eval, cfg, tokenizer, vocab_size).dataset()
-    if not cfg.eval_fraction:
-        return files.dataset(), None
-    held_out = _held_out(~files.is_bad, cfg.eval_fraction, seed)
-    return files.dataset(~held_out), files.dataset(held_out)
+        return open_stream(found, cfg, tokenizer, vocab_size), measured
+    train = _Sources(found, cfg, tokenizer, vocab_size)
+    if measured is not None or not cfg.eval_fraction:
+        return train.dataset(np.ones(len(train.is_bad), bool), seed), measured
+    part = _held_out(~train.is_bad, cfg.eval_fraction, seed)
+    return train.dataset(~part, seed), train.dataset(part)
 
 
-class _Files:
-    """Some files, tokenized, of whose examples datasets are made."""
+class _Sources:
+    """Some sources, tokenized, of whose examples datasets are made."""
 
     def __init__(
         self,
-        paths: Sequence[str],
+        found: Sequence[Source],
         cfg: Data,
         tokenizer: "PreTrainedTokenizerFast",
         vocab_size: int,
     ):
-        self._paths, self._cfg = paths, cfg
+        self._found, self._cfg = found, cfg
         self._tokenizer = cache.tokenizer_identity(tokenizer)
         self._made = cache.tokenized(
-            paths, cfg, tokenizer, lambda folder: _write(folder, paths, cfg, tokenizer)
+            found, cfg, tokenizer, lambda folder: _write(folder, found, cfg, tokenizer)
         )
         check_vocabulary(self._made.highest, tokenizer, vocab_size)
         self.is_bad = self._made.counts[:, COUNTED.index("bad")] > 0
 
-    def dataset(self, part: np.ndarray | None = None) -> Dataset:
-        """The dataset of some records, bool [E]; None: of all.
+    def dataset(self, part: np.ndarray, seed: int | None = None) -> Dataset:
+        """The dataset of some records.
+
+        Args:
+            part: bool [E], the records.
+            seed: mixes the sources as the config says; None: one after the other.
 
         Raises:
-            DataError: nothing usable remains of them.
+            ConfigError: options of the mixture do not fit the sources.
+            DataError: nothing usable remains of the records.
         """
         made = self._made
-        part = np.ones(len(made.counts), bool) if part is None else part
         rows = np.flatnonzero(part[made.owners])
-        chosen = made.table.select(rows)
         counts = made.counts[part].sum(axis=0).tolist()
+        if seed is not None and len(rows):
+            rows = _rows_of(self._mixed(rows, seed), made.owners)
+        chosen = made.table.select(rows)
         stats = Stats(
             records=int(part.sum()),
             rows=len(rows),
             tokens=int(chosen.lengths.sum()),
             trained_tokens=int(made.targets[rows].sum()),
             longest=int(chosen.lengths.max(initial=0)),
+            sources=self._by_source(rows),
             **dict(zip(COUNTED, counts, strict=True)),
         )
         if not stats.rows:
-            raise DataError(f"{', '.join(self._paths)}: no usable row{_why_none(stats)}")
-        kept = set(made.owners[rows].tolist())
+            names = ", ".join(source.name for source in self._found)
+            raise DataError(f"{names}: no usable row{_why_none(stats)}")
         return Dataset(
             rows=chosen,
             fingerprint=self._fingerprint(part),
             tokenizer=self._tokenizer,
             stats=stats,
-            read_examples=lambda: self._read(kept),
+            read_examples=lambda: self._read(made.owners[rows]),
         )
 
-    def _read(self, kept: set[int]) -> list[Example]:
-        records = enumerate(read_examples(self._paths, self._cfg))
-        return [row for i, row in records if i in kept and not isinstance(row, BadRow)]
+    def _mixed(self, rows: np.ndarray, seed: int) -> np.ndarray:
+        """The records of the rows, mixed."""
+        usable = np.unique(self._made.owners[rows])
+        of_source = np.split(usable, np.searchsorted(usable, np.cumsum(self._made.sizes)[:-1]))
+        drawn = [source.num_samples for source in self._found]
+        return mixtures.mixed(of_source, drawn, self._cfg, seed)
+
+    def _by_source(self, rows: np.ndarray) -> tuple[SourceStats, ...]:
+        made = self._made
+        source_of = np.searchsorted(np.cumsum(made.sizes), made.owners[rows], side="right")
+        return tuple(
+            SourceStats(
+                source.name,
+                len(own := rows[source_of == index]),
+                int(made.table.lengths[own].sum()),
+                int(made.targets[own].sum()),
+            )
+            for index, source in enumerate(self._found)
+        )
+
+    def _read(self, records: np.ndarray) -> list[Example]:
+        """The examples of some records, each once, in order."""
+        kept = dict.fromkeys(records.tolist())
+        numbered = enumerate(read_examples(self._found, self._cfg))
+        made = {i: row for i, row in numbered if i in kept and not isinstance(row, BadRow)}
+        return [made[record] for record in kept]
 
     def _fingerprint(self, part: np.ndarray) -> str:
-        total = hashlib.sha256(sources.hash_files(self._paths).encode())
+        files = [file for source in self._found for file in source.files]
+        total = hashlib.sha256(sources.hash_files(files).encode())
         options = [(name, getattr(self._cfg, name)) for name in ROW_OPTIONS]
         total.update(repr((options, self._made.digest)).encode() + part.tobytes())
         return total.hexdigest()
 
 
+def _rows_of(records: np.ndarray, owners: np.ndarray) -> np.ndarray:
+    """The rows of records, one record after the other; `owners` ascend."""
+    first, last = (np.searchsorted(owners, records, side) for side in ("left", "right"))
+    counts = last - first
+    return np.repeat(first - np.cumsum(counts) + counts, counts) + np.arange(counts.sum())
+
+
 def _write(
-    folder: Path, paths: Sequence[str], cfg: Data, tokenizer: "PreTrainedTokenizerFast"
+    folder: Path, found: Sequence[Source], cfg: Data, tokenizer: "PreTrainedTokenizerFast"
 ) -> None:
-    """Tokenizes files into a folder."""
+    """Tokenizes sources into a folder."""
+    sizes = [0] * len(found)
+
+    def examples() -> Iterator[Example | BadRow]:
+        for index, source in enumerate(found):
+            for record in read_examples([source], cfg):
+                sizes[index] += 1
+                yield record
 
     def counted() -> Iterator[Chunk]:
         rows = tokens = 0
         with counting("tokenizing") as report:
-            for chunk in make_chunks(read_examples(paths, cfg), tokenizer, cfg):
+            for chunk in make_chunks(examples(), tokenizer, cfg):
                 yield chunk
                 rows += len(chunk.lengths)
                 tokens += len(chunk.tokens)
                 report(f"{rows:,} rows, {tokens:,} tokens")
 
-    table.write(folder, check_chunks(counted(), cfg))
+    table.write(folder, check_chunks(counted(), cfg), lambda: sizes)
 
 
 def _held_out(usable: np.ndarray, fraction: float, seed: int) -> np.ndarray:

@@ -1,49 +1,79 @@
-"""Records -> conversations. One function a format; `FORMATS` is the table.
+"""The formats of rows: how each is recognised and what converts it; `FORMATS` is the table.
 
-Every format ends in the same `Example`: an optional system message, then user and assistant turns
-in alternation, the last one the assistant's. Fields that a format does not know are ignored.
+A format is recognised by the fields that a row must have, in the order of the table. Fields that it
+does not know are ignored. Rows of any other kind go through a function of the user's first
+(data.function), which makes fields of a format in the table.
 """
 
+import importlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxtune.data.sources import Record, RowError, json_name
-from jaxtune.errors import DataError
+from jaxtune.data import conversations, preferences
+from jaxtune.data.examples import Parsed
+from jaxtune.data.rows import Record, RowError
+from jaxtune.errors import ConfigError, DataError
 
-ROLES = ("system", "user", "assistant")
-
-
-class Message(NamedTuple):
-    """One turn of a conversation; `role` is one of ROLES."""
-
-    role: str
-    content: str
-
-
-@dataclass(frozen=True, slots=True)
-class Example:
-    """One conversation to learn from, and where it came from."""
-
-    messages: tuple[Message, ...]
-    origin: str = ""
+RowFunction = Callable[[dict[str, Any]], dict[str, Any] | None]
 
 
 class Format(NamedTuple):
-    """How a format is recognised (fields that a row must have) and converted."""
+    """How a format is recognised and converted.
 
-    required: tuple[str, ...]
-    convert: Callable[[dict[str, Any]], list[Message]]
+    Attributes:
+        required: groups of names; one of each must be a field that is not null.
+        convert: from the fields of a row.
+        flags: fields that must be booleans where they are given, or the format is another.
+    """
+
+    required: tuple[tuple[str, ...], ...]
+    convert: Callable[[dict[str, Any]], Parsed]
+    flags: tuple[str, ...] = ()
+
+    def fits(self, fields: dict[str, Any]) -> bool:
+        """Whether the row has what the format needs."""
+        given = {name for name, value in fields.items() if value is not None}
+        return all(given.intersection(names) for names in self.required) and all(
+            isinstance(fields[name], bool) for name in given.intersection(self.flags)
+        )
 
 
-def to_example(record: Record, format_name: str) -> Example:
+TURNS = ("messages", "conversations", "completion", "output")
+FORMATS: dict[str, Format] = {
+    "ranked": Format((("src",), ("response",), ("sort",)), preferences.ranked),
+    "preference": Format((preferences.CHOSEN, preferences.REJECTED), preferences.preference),
+    "rejected": Format(
+        (("messages",), ("rejected_response", "rejected_messages")), preferences.rejected_answer
+    ),
+    "rated": Format((preferences.LABELS, TURNS), preferences.rated, flags=preferences.LABELS),
+    "classified": Format(
+        (("label",), (*preferences.SINGLE, *(first for first, _ in preferences.PAIRS))),
+        preferences.classified,
+    ),
+    "messages": Format((("messages",),), conversations.messages),
+    "sharegpt": Format((("conversations",),), conversations.sharegpt),
+    "xtuner": Format((("conversation",),), conversations.xtuner),
+    "src_tgt": Format((("src",), ("tgt",)), conversations.src_tgt),
+    "alpaca": Format((("instruction",), ("output",)), conversations.alpaca),
+    "multiple_choice": Format(
+        (("question",), ("choices",), ("answer",)), conversations.multiple_choice
+    ),
+    "prompt_completion": Format((("prompt",), ("completion",)), conversations.prompt_completion),
+    "qa": Format((conversations.QUESTIONS, conversations.ANSWERS), conversations.qa),
+    "text": Format((("text",),), conversations.text),
+    "document": Format((conversations.TEXTS,), conversations.document),
+}
+
+
+def to_example(record: Record, format_name: str) -> Parsed:
     """Converts one record.
 
     Raises:
         RowError: a field is missing, of the wrong type, or out of order.
     """
-    messages = FORMATS[format_name].convert(record.fields)
-    return Example(tuple(messages), record.origin)
+    return replace(FORMATS[format_name].convert(record.fields), origin=record.origin)
 
 
 def recognise(record: Record) -> str:
@@ -53,93 +83,49 @@ def recognise(record: Record) -> str:
         DataError: no format fits; the message lists what each one needs.
     """
     for name, row in FORMATS.items():
-        if all(field in record.fields for field in row.required):
+        if row.fits(record.fields):
             return name
-    known = "; ".join(f"{name} needs {', '.join(row.required)}" for name, row in FORMATS.items())
+    known = "; ".join(
+        f"{name} needs {', '.join('|'.join(names) for names in row.required)}"
+        for name, row in FORMATS.items()
+    )
     have = ", ".join(map(str, record.fields)) or "no fields"
     raise DataError(
-        f"{record.origin}: no format fits a row with {have} ({known}) - rename the fields"
+        f"{record.origin}: no format fits a row with {have} ({known}) - rename the fields, or map "
+        "them with data.columns"
     )
 
 
-def _alpaca(fields: dict[str, Any]) -> list[Message]:
-    """instruction [+ input], output; optional system and history of [user, assistant] pairs."""
-    messages = []
-    if system := _optional(fields, "system"):
-        messages.append(Message("system", system))
-    history = fields.get("history") or []
-    if not isinstance(history, list):
-        raise RowError("history", f"must be a list of pairs, not {json_name(history)}")
-    for index, pair in enumerate(history):
-        if not isinstance(pair, list) or len(pair) != 2:
-            raise RowError(f"history[{index}]", "must be a pair [user, assistant]")
-        messages.append(Message("user", _text(pair[0], f"history[{index}][0]")))
-        messages.append(Message("assistant", _text(pair[1], f"history[{index}][1]")))
-    question = _required(fields, "instruction")
-    if extra := _optional(fields, "input"):
-        question = f"{question}\n{extra}"
-    messages.append(Message("user", question))
-    messages.append(Message("assistant", _required(fields, "output")))
-    return messages
+def row_function(name: str) -> RowFunction:
+    """The function of the user's that data.function names.
 
-
-def _openai_messages(fields: dict[str, Any]) -> list[Message]:
-    """messages: a list of {role, content}, as OpenAI's chat API takes them."""
-    given = fields.get("messages")
-    if not isinstance(given, list):
-        what = "is missing" if "messages" not in fields else f"is {json_name(given)}"
-        raise RowError("messages", f"{what}; it must be a list of {{role, content}}")
-    if not given:
-        raise RowError("messages", "is empty")
-    messages = []
-    for index, message in enumerate(given):
-        where = f"messages[{index}]"
-        if not isinstance(message, dict):
-            raise RowError(where, f"must be an object, not {json_name(message)}")
-        role = message.get("role")
-        if role not in ROLES:
-            raise RowError(f"{where}.role", f"is {role!r}; it must be one of {', '.join(ROLES)}")
-        messages.append(Message(role, _text(message.get("content"), f"{where}.content")))
-    _check_turns(messages)
-    return messages
-
-
-def _check_turns(messages: list[Message]) -> None:
-    start = 1 if messages[0].role == "system" else 0
-    for index, message in enumerate(messages[start:]):
-        expected = ("user", "assistant")[index % 2]
-        if message.role != expected:
-            where = f"messages[{start + index}].role"
-            raise RowError(where, f"is {message.role}; after the turns before it {expected} is due")
-    if messages[-1].role != "assistant":
-        raise RowError("messages", "must end with the assistant's answer")
-
-
-def _required(fields: dict[str, Any], name: str) -> str:
-    if name not in fields:
-        raise RowError(name, "is missing")
-    return _text(fields[name], name)
-
-
-def _optional(fields: dict[str, Any], name: str) -> str:
-    value = fields.get(name)
-    return "" if value is None else _text(value, name)
-
-
-def _text(value: Any, field: str) -> str:
-    """Checks that a value is a string that a tokenizer can take."""
-    if not isinstance(value, str):
-        raise RowError(field, f"must be a string, not {json_name(value)}")
-    if "\0" in value:
-        raise RowError(field, f"character {value.index(chr(0)) + 1} is U+0000")
+    Raises:
+        ConfigError: there is nothing of that name.
+    """
+    module, _, function = name.partition(":")
     try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise RowError(field, f"character {error.start + 1} is half of a surrogate pair") from error
-    return value
+        found: RowFunction = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"data.function={name}: {error} - write module:function") from error
+    return found
 
 
-FORMATS: dict[str, Format] = {
-    "messages": Format(("messages",), _openai_messages),
-    "alpaca": Format(("instruction", "output"), _alpaca),
-}
+def row_function_source(name: str) -> bytes:
+    """The text of the module in which data.function stands (another may make other rows)."""
+    file = importlib.import_module(name.partition(":")[0]).__file__
+    return b"" if file is None else Path(file).read_bytes()
+
+
+def apply(function: RowFunction, fields: dict[str, Any]) -> dict[str, Any] | None:
+    """What a function of the user's makes of a row's fields; None: the row is left out.
+
+    Raises:
+        RowError: it raises, or returns something else.
+    """
+    try:
+        made = function(fields)
+    except Exception as error:  # the function is the user's: whatever it raises is the row's fault
+        raise RowError("", f"data.function raised {type(error).__name__}: {error}") from error
+    if made is not None and not isinstance(made, dict):
+        raise RowError("", f"data.function returned {type(made).__name__}, not a row's fields")
+    return made

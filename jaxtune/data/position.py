@@ -9,7 +9,7 @@ Position = dict[str, Any]
 # The options that change what a row of the training data is; a change of one is a change of data.
 ROW_OPTIONS = (
     *("format", "max_seq_len", "packing", "packer", "isolated", "loss_weights", "train_on"),
-    *("overlong", "shuffle"),
+    *("overlong", "shuffle", "mix", "weights", "repeats", "max_samples"),
 )
 
 

@@ -1,28 +1,100 @@
-"""Files -> examples and bad rows, in order."""
+"""The sources that the config names -> examples and bad rows, in order."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
 
-from jaxtune.data import sources
-from jaxtune.data.formats import Example, recognise, to_example
-from jaxtune.data.sources import BadRow, Record, RowError
+from jaxtune.data import formats, sources
+from jaxtune.data.examples import KINDS, Example, Parsed
+from jaxtune.data.locations import Source, files_of
+from jaxtune.data.registry import read_registry, rename, source_of
+from jaxtune.data.rows import BadRow, Record, RowError
+from jaxtune.errors import ConfigError
 from jaxtune.schema import Data
 
 
-def read_examples(paths: Sequence[str], cfg: Data) -> Iterator[Example | BadRow]:
-    """Reads and converts the rows of all files, one after the other."""
-    for path in paths:
-        yield from convert(sources.read(path, cfg.max_line_bytes), cfg)
+def sources_of(cfg: Data, split: str) -> list[Source]:
+    """The sources of data.train (split "train") or data.eval ("eval"), with their files.
+
+    Raises:
+        DataError: one of them names nothing.
+        ConfigError: data.columns is malformed.
+    """
+    entries = {} if cfg.registry is None else read_registry(cfg.registry)
+    columns = dict(_column(item) for item in cfg.columns)
+    found = []
+    for name in cfg.train if split == "train" else cfg.eval:
+        if cfg.registry is not None and (name in entries or not Path(name).expanduser().exists()):
+            found.append(source_of(name, entries, Path(cfg.registry).expanduser().parent))
+        else:
+            found.append(Source(name, files_of(name, split), cfg.format, columns))
+    return found
 
 
-def convert(rows: Iterable[Record | BadRow], cfg: Data) -> Iterator[Example | BadRow]:
-    """Converts rows of one file; the first of them shows the format."""
-    format_name = None if cfg.format == "auto" else cfg.format
+def _column(item: str) -> tuple[str, str]:
+    ours, equals, theirs = item.partition("=")
+    if not equals:
+        raise ConfigError(f"data.columns={item!r}: write field=column, as output=answer")
+    return ours, theirs
+
+
+def read_examples(found: Iterable[Source], cfg: Data) -> Iterator[Example | BadRow]:
+    """Reads and converts the rows of all sources, one after the other.
+
+    Raises:
+        DataError: a file cannot be read, or the first row of one fits no format.
+        ConfigError: data.function is none, or rows are no conversations.
+    """
+    for source in found:
+        for file in source.files:
+            rows = sources.read(file, cfg.max_line_bytes, cfg.text_rows)
+            yield from examples_of(rows, source, cfg)
+
+
+def examples_of(
+    rows: Iterable[Record | BadRow], source: Source, cfg: Data
+) -> Iterator[Example | BadRow]:
+    """Converts rows of one file of a source, which must be conversations or texts.
+
+    Raises:
+        DataError, ConfigError: as `read_examples`.
+    """
+    for row in convert(rows, source, cfg):
+        if not isinstance(row, BadRow | Example):
+            raise ConfigError(
+                f"{row.origin}: {KINDS[type(row)]} cannot be trained on by objective.name=sft - "
+                "give conversations or texts, or set data.format to what the rows are"
+            )
+        yield row
+
+
+def convert(
+    rows: Iterable[Record | BadRow], source: Source, cfg: Data
+) -> Iterator[Parsed | BadRow]:
+    """Converts rows of one file of a source; the first of them shows the format.
+
+    A row that data.function leaves out is gone.
+
+    Raises:
+        DataError: the first row fits no format.
+        ConfigError: data.function is none.
+    """
+    function = None if cfg.function is None else formats.row_function(cfg.function)
+    format_name = None if source.format == "auto" else source.format
     for row in rows:
         if isinstance(row, BadRow):
             yield row
             continue
-        format_name = format_name or recognise(row)
         try:
-            yield to_example(row, format_name)
+            fields = rename(row.fields, source)
+            fields = fields if function is None else formats.apply(function, fields)
+            if fields is None:
+                continue
+            record = Record(row.origin, fields)
+            format_name = format_name or formats.recognise(record)
+            example = formats.to_example(record, format_name)
+            if cfg.template == "none" and isinstance(example, Example):
+                example = replace(example, raw=True)
+            yield example
         except RowError as error:
             yield BadRow(row.origin, error.field, error.reason)

@@ -19,10 +19,12 @@ import numpy as np
 
 from jaxtune.data import cache, sources
 from jaxtune.data.chunks import check_chunks, check_vocabulary, make_chunk
-from jaxtune.data.formats import Example
+from jaxtune.data.examples import Example
+from jaxtune.data.json_rows import BOM, read_lines
+from jaxtune.data.locations import Source
 from jaxtune.data.position import ROW_OPTIONS
-from jaxtune.data.records import convert, read_examples
-from jaxtune.data.sources import BOM, BadRow
+from jaxtune.data.records import examples_of
+from jaxtune.data.rows import BadRow
 from jaxtune.data.table import Chunk, TokenTable, joined
 from jaxtune.data.tokenize import chat_of
 from jaxtune.data.workers import batches_of
@@ -43,7 +45,8 @@ PROBED = 8  # units looked at for a first usable row
 class Unit(NamedTuple):
     """The rows of a file that begin at bytes `start` to `stop`; all rows if `stop` is None."""
 
-    path: str
+    source: Source
+    path: Path
     start: int
     stop: int | None
 
@@ -94,28 +97,30 @@ class Stream:
 
 
 def open_stream(
-    paths: Sequence[str], cfg: Data, tokenizer: "PreTrainedTokenizerFast", vocab_size: int
+    found: Sequence[Source], cfg: Data, tokenizer: "PreTrainedTokenizerFast", vocab_size: int
 ) -> Stream:
-    """Opens files as a stream and looks at their beginning.
+    """Opens the files of sources as a stream and looks at their beginning.
 
     Raises:
         ConfigError, DataError, WeightError: as `dataset.load`.
     """
-    units = [unit for path in paths for unit in _units(path)]
+    paths = [path for source in found for path in source.files]
+    units = [unit for source in found for path in source.files for unit in _units(source, path)]
     table = _table(units[:1], cfg, tokenizer, vocab_size)
     for unit in units[1:PROBED]:
         table = table if len(table) else _table([unit], cfg, tokenizer, vocab_size)
     if not len(table):
-        raise DataError(f"{', '.join(paths)}: no usable row in the first units - check the files")
+        names = ", ".join(source.name for source in found)
+        raise DataError(f"{names}: no usable row in the first units - check the files")
     options = [(name, getattr(cfg, name)) for name in (*ROW_OPTIONS, "shuffle_units")]
     identity = cache.tokenizer_identity(tokenizer)
     looks = hashlib.sha256(repr((options, identity, UNIT)).encode())
     for path in paths:
-        looks.update(_look(Path(path).expanduser()))
+        looks.update(_look(path))
     return Stream(
         cfg=cfg,
         units=units,
-        num_bytes=sum(Path(path).expanduser().stat().st_size for path in paths),
+        num_bytes=sum(path.stat().st_size for path in paths),
         fingerprint=looks.hexdigest(),
         tokenizer=identity,
         mean_length=float(table.lengths.mean()),
@@ -124,24 +129,26 @@ def open_stream(
     )
 
 
-def _units(path: str) -> list[Unit]:
+def _units(source: Source, path: Path) -> list[Unit]:
     """The units of a file."""
-    place = Path(path).expanduser()
-    if not place.is_file():
-        # The error that says what is wrong with the name, if anything is.
-        next(sources.read(path, 0), None)
+    if source.num_samples is not None:
+        raise DataError(
+            f"{source.name} has num_samples, but data.streaming reads whole files - leave it out"
+        )
+    if not path.is_file():
         raise DataError(f"data.streaming reads files, and {path} is a folder - name its files")
-    size = place.stat().st_size
-    with place.open("rb") as file:
+    size = path.stat().st_size
+    with path.open("rb") as file:
         head = file.read(1 << 16).removeprefix(BOM).lstrip()
     if head.startswith(b"{"):
-        return [Unit(path, start, min(start + UNIT, size)) for start in range(0, size, UNIT)]
+        starts = range(0, size, UNIT)
+        return [Unit(source, path, start, min(start + UNIT, size)) for start in starts]
     if size > LARGEST:
         raise DataError(
             f"{path} has {size / 2**20:,.0f} MiB; data.streaming takes files that are not plain "
             f"JSON lines whole, up to {LARGEST >> 20} MiB - split it, or set data.streaming=false"
         )
-    return [Unit(path, 0, None)]
+    return [Unit(source, path, 0, None)]
 
 
 def _look(place: Path) -> bytes:
@@ -183,8 +190,9 @@ def _table(
 def _records(unit: Unit, cfg: Data) -> Iterator[Example | BadRow]:
     """Reads and converts the rows of a unit; their origin is "file@first byte of the unit:line"."""
     if unit.stop is None:
-        return read_examples((unit.path,), cfg)
-    with Path(unit.path).expanduser().open("rb") as file:
+        rows = sources.read(unit.path, cfg.max_line_bytes, cfg.text_rows)
+        return examples_of(rows, unit.source, cfg)
+    with unit.path.open("rb") as file:
         if unit.start:
             file.seek(unit.start - 1)
             while (rest := file.readline(1 << 20)) and not rest.endswith(b"\n"):
@@ -193,4 +201,5 @@ def _records(unit: Unit, cfg: Data) -> Iterator[Example | BadRow]:
         if content and not content.endswith(b"\n"):
             content += file.readline(cfg.max_line_bytes + 1)
     place = Path(f"{unit.path}@{unit.start}")
-    return convert(sources.read_lines(place, io.BytesIO(content), cfg.max_line_bytes), cfg)
+    rows = read_lines(place, io.BytesIO(content), cfg.max_line_bytes)
+    return examples_of(rows, unit.source, cfg)

@@ -7,7 +7,7 @@ A table in files is a folder: `tokens.bin` and `trained.bin` hold the rows one a
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -103,6 +103,7 @@ class Tokenized:
         targets, owners, counts: as in `Chunk`, of all records.
         highest: the largest token id, -1 without rows.
         digest: sha256 of the rows.
+        sizes: records of each source; records of a source follow each other.
     """
 
     table: TokenTable
@@ -111,10 +112,17 @@ class Tokenized:
     counts: np.ndarray
     highest: int
     digest: str
+    sizes: tuple[int, ...]
 
 
-def write(folder: Path, chunks: Iterable[Chunk]) -> None:
-    """Writes a table chunk by chunk, into an empty folder; at last what says that it is whole."""
+def write(folder: Path, chunks: Iterable[Chunk], sizes: Callable[[], Sequence[int]]) -> None:
+    """Writes a table chunk by chunk, into an empty folder; at last what says that it is whole.
+
+    Args:
+        folder: where to.
+        chunks: of all sources, one after the other.
+        sizes: records of each source, asked for after the last chunk.
+    """
     digest, highest, num_records, num_tokens = hashlib.sha256(), -1, 0, 0
     columns: dict[str, list[np.ndarray]] = {name: [] for name in _COLUMNS}
     with (folder / "tokens.bin").open("wb") as tokens, (folder / "trained.bin").open("wb") as flags:
@@ -136,6 +144,7 @@ def write(folder: Path, chunks: Iterable[Chunk]) -> None:
     for name, column in columns.items():
         np.save(folder / f"{name}.npy", np.concatenate(column))
     meta = {"highest": highest, "digest": digest.hexdigest(), "tokens": num_tokens}
+    meta["sizes"] = list(sizes())
     (folder / META).write_text(json.dumps(meta))
 
 
@@ -157,7 +166,8 @@ def read(folder: Path) -> Tokenized:
         np.cumsum(lengths) - lengths,
         lengths,
     )
-    return Tokenized(table, highest=meta["highest"], digest=meta["digest"], **columns)
+    known = {"highest": meta["highest"], "digest": meta["digest"], "sizes": tuple(meta["sizes"])}
+    return Tokenized(table, **known, **columns)
 
 
 def _map(path: Path, dtype: np.dtype, count: int) -> np.ndarray:

@@ -1,40 +1,45 @@
-"""Conversations -> token ids and the mask of what is learnt; the one file that uses transformers.
+"""Conversations and texts -> token ids and the mask of what is learnt.
 
 A conversation is rendered to text by the chat template and the whole text is tokenized in one pass,
 exactly as `apply_chat_template` does, so training sees the ids that serving produces. What is
 learnt is found in the text (see masks.py) and carried over to tokens through character offsets.
+Raw examples are the texts of their messages, each answer followed by EOS, behind BOS where the
+tokenizer puts it.
 
 Text in a message that looks like a special token stays text: it is wrapped in markers before the
 rendering and encoded as plain text after it.
 """
 
 import functools
-import os
 import re
-import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jaxtune.data import gguf_tokenizer
 from jaxtune.data.batch import TokenRow
-from jaxtune.data.formats import Example, Message
-from jaxtune.data.masks import WRAP_END, WRAP_START, WRAPS, render_rows, token_mask, wrap
-from jaxtune.data.sources import RowError
-from jaxtune.data.templates import CHATML, TEMPLATES
-from jaxtune.errors import ConfigError, WeightError
+from jaxtune.data.examples import Example, Message
+from jaxtune.data.masks import (
+    WRAP_END,
+    WRAP_START,
+    WRAPS,
+    Rendering,
+    Style,
+    Turn,
+    render_rows,
+    token_mask,
+    wrap,
+)
+from jaxtune.data.rendering import Span, compile_template, take_markers
+from jaxtune.data.rows import RowError
+from jaxtune.data.templates import TEMPLATES
+from jaxtune.errors import ConfigError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-# Tokenizers need no torch; without this transformers advises to install it at every start.
-os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-
-PROBE_SECONDS = 5.0
 PROBE = Example(
     (
         Message("user", "What is one and one?"),
@@ -46,120 +51,15 @@ PROBE = Example(
 )
 
 
-def load_tokenizer(path: str, *, template: str | None = None) -> "PreTrainedTokenizerFast":
-    """Loads the tokenizer of a folder, a .gguf file or a hub id; `tiny:...` gives a byte tokenizer.
-
-    Args:
-        path: where the tokenizer is.
-        template: name of a built-in chat template that replaces the tokenizer's own.
-
-    Raises:
-        ConfigError: the template is unknown, or needs tokens that the tokenizer lacks.
-        WeightError: there is no tokenizer that can be loaded without running foreign code.
-    """
-    if path.startswith("tiny:"):
-        tokenizer = _byte_tokenizer()
-    elif Path(path).expanduser().is_file():
-        tokenizer = _from_gguf(Path(path).expanduser())
-    else:
-        tokenizer = _from_pretrained(path)
-    if template is not None:
-        tokenizer.chat_template = _built_in(tokenizer, template)
-    return tokenizer
-
-
-def _from_gguf(path: Path) -> "PreTrainedTokenizerFast":
-    from transformers import PreTrainedTokenizerFast
-
-    loaded = gguf_tokenizer.load(path)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=loaded.backend,
-        clean_up_tokenization_spaces=False,
-        model_max_length=loaded.context_length,
-        **loaded.special_tokens,
-    )
-    tokenizer.chat_template = loaded.chat_template
-    return tokenizer
-
-
-def _from_pretrained(path: str) -> "PreTrainedTokenizerFast":
-    folder = Path(path).expanduser()
-    is_folder = folder.is_dir()
-    try:
-        # tokenizer.json says everything; AutoTokenizer imports models (and torch, where it is
-        # installed) only to find a class for it, so it is left to folders without that file.
-        if (folder / "tokenizer.json").is_file():
-            from transformers import PreTrainedTokenizerFast as Loader
-        else:
-            from transformers import AutoTokenizer as Loader
-        tokenizer: Any = Loader.from_pretrained(
-            str(folder) if is_folder else path,
-            revision="main",
-            trust_remote_code=False,
-            local_files_only=is_folder,
-        )
-    except Exception as error:  # transformers raises nearly every type, for the same few reasons
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise WeightError(
-            f"no tokenizer can be loaded from {path}: {reason} - set model.tokenizer to a folder "
-            "with tokenizer.json, a .gguf file or a hub id"
-        ) from error
-    if not tokenizer.is_fast:
-        raise WeightError(
-            f"the tokenizer of {path} has no tokenizer.json - save it once as a fast tokenizer"
-        )
-    return tokenizer
-
-
-def _byte_tokenizer() -> "PreTrainedTokenizerFast":
-    """259 tokens: three special ones and the 256 bytes; chatml. For tests and tiny models."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    tokens = special + sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE(vocab={text: i for i, text in enumerate(tokens)}, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(special)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, eos_token=special[2], pad_token=special[0]
-    )
-    tokenizer.chat_template = CHATML.jinja
-    return tokenizer
-
-
-def _built_in(tokenizer: "PreTrainedTokenizerFast", name: str) -> str:
-    """The text of a built-in template, made to fit the tokenizer."""
-    if name not in TEMPLATES:
-        raise ConfigError(
-            f"data.template={name!r} is not built in - choose one of {', '.join(TEMPLATES)}"
-        )
-    jinja, tokens = TEMPLATES[name]
-    if not tokens and tokenizer.eos_token is None:
-        raise ConfigError(f"data.template={name} ends answers with EOS, which the tokenizer lacks")
-    vocabulary = tokenizer.get_vocab()
-    if missing := [token for token in tokens if token not in vocabulary]:
-        fitting = [n for n, row in TEMPLATES.items() if all(t in vocabulary for t in row.tokens)]
-        raise ConfigError(
-            f"data.template={name} needs the tokens {', '.join(missing)}, which the tokenizer "
-            f"lacks - templates that fit: {', '.join(fitting)}"
-        )
-    plain = tokenizer("").input_ids
-    starts_with_bos = tokenizer.bos_token_id is not None and plain[:1] == [tokenizer.bos_token_id]
-    return ("{{ bos_token }}" if starts_with_bos else "") + jinja
-
-
 @dataclass(frozen=True, eq=False)
 class Chat:
     """A tokenizer with its chat template; make it with `chat_of`."""
 
     tokenizer: "PreTrainedTokenizerFast"
-    template: str
-    special: re.Pattern[str]
+    template: str | None
+    style: Style
     special_ids: dict[str, int]
-    has_markers: bool
-    variables: dict[str, Any]
+    bos: str
 
     @functools.cached_property
     def plain(self) -> "Tokenizer":
@@ -171,29 +71,63 @@ class Chat:
         return copy
 
     def render(
-        self, messages: Sequence[Message], prompt: bool = False
-    ) -> tuple[str, list[tuple[int, int]]]:
+        self,
+        messages: Sequence[Message],
+        prompt: bool = False,
+        tools: Sequence[dict[str, Any]] = (),
+    ) -> tuple[str, list[Span]]:
         """Renders messages; returns the text and the spans that the template marks.
 
         Raises:
             RowError: the template refuses the conversation.
+            ConfigError: there is no template.
         """
-        from jinja2 import TemplateError
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        try:
-            # Its annotations promise one text; it returns lists of texts and of spans.
-            rendered: Any = render_jinja_template(
-                conversations=[[m._asdict() for m in messages]],
-                chat_template=self.template,
-                return_assistant_tokens_mask=self.has_markers,
-                add_generation_prompt=prompt,
-                **self.variables,
+        if self.template is None:
+            raise ConfigError(
+                "the tokenizer has no chat template - set data.template to one of "
+                f"{', '.join(TEMPLATES)}, or to none (texts are joined as they are)"
             )
-        except (TemplateError, TypeError, ValueError, MemoryError) as error:
+        try:
+            text = compile_template(self.template)(
+                messages=[message.for_template() for message in messages],
+                tools=list(tools) or None,
+                documents=None,
+                add_generation_prompt=prompt,
+                **self.tokenizer.special_tokens_map,
+            )
+        except Exception as error:  # whatever a foreign program provokes is the row's problem
             raise RowError("", f"the chat template refuses it: {error}") from error
-        texts, spans = rendered
-        return texts[0], spans[0] if self.has_markers else []
+        return take_markers(text)
+
+    def rows(self, example: Example, last_only: bool) -> list[Rendering]:
+        """The texts of an example (see `masks.render_rows`) and what is learnt in them.
+
+        Raises:
+            RowError: the template drops text, refuses the conversation or marks nothing.
+            ConfigError: the example needs a template and there is none.
+        """
+        messages = tuple(wrap(message, self.style.special) for message in example.messages)
+        if example.raw:
+            return [self._raw(messages, last_only)]
+        tools = wrap(example.tools, self.style.special)
+        render = functools.partial(self.render, tools=tools)
+        rows = render_rows(messages, render, self.style, last_only)
+        for tool in tools:
+            if not all(tool["function"]["name"] in row.text for row in rows):
+                raise RowError("tools", "the chat template drops them - choose data.template")
+        return rows
+
+    def _raw(self, messages: Sequence[Message], last_only: bool) -> Rendering:
+        """The texts of the messages, each answer closed by EOS."""
+        text, learnt, excluded = self.bos, [], []
+        for index, message in enumerate(messages):
+            start = len(text)
+            text += message.content
+            if message.role == "assistant":
+                text += self.style.eos
+                is_wanted = message.trained and (index + 1 == len(messages) or not last_only)
+                (learnt if is_wanted else excluded).append((start, len(text)))
+        return Rendering(text, learnt, excluded)
 
     def encode(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
         """Token ids [T] and character offsets [T, 2] of each text."""
@@ -218,7 +152,7 @@ class Chat:
 
     def _encode_wrapped(self, text: str) -> tuple[np.ndarray, np.ndarray]:
         """Encodes text whose wrapped special tokens are plain text, unlike the others."""
-        special = self.special.pattern
+        special = self.style.special.pattern
         pieces = re.split(f"({WRAP_START}(?:{special}){WRAP_END}|{special})", text)
         ids: list[int] = []
         offsets: list[tuple[int, int]] = []
@@ -250,51 +184,60 @@ class Chat:
 
 
 def chat_of(tokenizer: "PreTrainedTokenizerFast") -> Chat:
-    """The tokenizer's chat template, checked on a probe conversation.
+    """The tokenizer with its chat template, if it has one, checked on a probe conversation.
 
     Raises:
-        ConfigError: there is no template, or it fails, takes too long, or drops text.
+        ConfigError: the template fails, takes too long, or drops text.
     """
     if tokenizer.chat_template is None:
-        raise ConfigError(
-            "the tokenizer has no chat template - set data.template to one of "
-            f"{', '.join(TEMPLATES)}"
-        )
+        return _chat(tokenizer, None)
     return _checked_chat(tokenizer, tokenizer.get_chat_template())
+
+
+def _chat(tokenizer: "PreTrainedTokenizerFast", template: str | None) -> Chat:
+    added = tokenizer.added_tokens_decoder.items()
+    special_ids = {token.content: index for index, token in added if token.special}
+    longest_first = sorted(special_ids, key=len, reverse=True)
+    markers = template and re.search(r"\{%-?\s*generation\s*-?%\}", template)
+    bos: Any = tokenizer.bos_token
+    style = Style(
+        special=re.compile("|".join(map(re.escape, longest_first)) or "(?!)"),
+        has_markers=bool(markers),
+        turn=None,
+        eos=str(tokenizer.eos_token or ""),
+    )
+    starts_with_bos = tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]
+    return Chat(
+        tokenizer, template, style, special_ids, str(bos) if bos and starts_with_bos else ""
+    )
 
 
 @functools.lru_cache(maxsize=8)
 def _checked_chat(tokenizer: "PreTrainedTokenizerFast", template: str) -> Chat:
-    added = tokenizer.added_tokens_decoder.items()
-    special_ids = {token.content: index for index, token in added if token.special}
-    longest_first = sorted(special_ids, key=len, reverse=True)
-    chat = Chat(
-        tokenizer=tokenizer,
-        template=template,
-        special=re.compile("|".join(map(re.escape, longest_first)) or "(?!)"),
-        special_ids=special_ids,
-        has_markers=re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None,
-        variables=dict(tokenizer.special_tokens_map),
-    )
-    outcome: list[Any] = []
-
-    def probe() -> None:
-        try:
-            outcome.append(rows_of(chat, [PROBE], "answers")[0])
-        except Exception as error:  # whatever a foreign template provokes is reported below
-            outcome.append(error)
-
-    # A thread can be given up on; a template that never ends cannot be stopped otherwise.
-    thread = threading.Thread(target=probe, daemon=True)
-    thread.start()
-    thread.join(PROBE_SECONDS)
-    problem = outcome[0] if outcome else f"takes more than {PROBE_SECONDS:.0f} s"
-    if not isinstance(problem, list):
+    chat = _chat(tokenizer, template)
+    rows = rows_of(chat, [PROBE], "answers")[0]
+    if isinstance(rows, RowError):
         raise ConfigError(
-            f"the tokenizer's chat template cannot be used: {problem} - "
+            f"the tokenizer's chat template cannot be used: {rows} - "
             f"set data.template to one of {', '.join(TEMPLATES)}"
         )
-    return chat
+    return replace(chat, style=chat.style._replace(turn=_turn_of(chat)))
+
+
+def _turn_of(chat: Chat) -> Turn | None:
+    """What the template prints before and after every answer, if both hold special tokens."""
+    rows = chat.rows(PROBE, last_only=False)
+    if chat.style.has_markers or len(rows) > 1:
+        return None
+    turns = set()
+    for index, (start, end) in zip((1, 3), rows[0].spans, strict=True):
+        before = chat.render(PROBE.messages[:index])[0]
+        answer = rows[0].text[start:end].partition(PROBE.messages[index].content)
+        if not rows[0].text.startswith(before) or answer[0]:
+            return None
+        turns.add(Turn(rows[0].text[len(before) : start], answer[2]))
+    turn = turns.pop()
+    return turn if not turns and all(map(chat.style.special.search, turn)) else None
 
 
 def rows_of(
@@ -304,18 +247,17 @@ def rows_of(
 
     Args:
         chat: tokenizer and template.
-        examples: conversations.
-        train_on: "answers", or "all" for every token but the first.
+        examples: conversations or texts.
+        train_on: "answers", "last" (the last answer only), or "all" for every token but the first.
 
     Returns:
         For each example its rows (more than one only if the template rewrites earlier turns), or
         what is wrong with it.
     """
-    rendered: list[Any] = []
+    rendered: list[list[Rendering] | RowError] = []
     for example in examples:
         try:
-            messages = wrap(example.messages, chat.special)
-            rendered.append(render_rows(messages, chat.render, chat.special, chat.has_markers))
+            rendered.append(chat.rows(example, last_only=train_on == "last"))
         except RowError as error:
             rendered.append(error)
     texts = [r.text for rows in rendered if not isinstance(rows, RowError) for r in rows]
@@ -325,12 +267,13 @@ def rows_of(
         if isinstance(rows, RowError):
             result.append(rows)
             continue
-        made = [(next(encoded), rendering.spans) for rendering in rows]
+        made = [(next(encoded), rendering) for rendering in rows]
         if any(_doubles_bos(chat.tokenizer, ids) for (ids, _), _ in made):
             result.append(RowError("", "the chat template prints BOS twice"))
             continue
+        learn_all = train_on == "all"
         result.append(
-            [TokenRow(ids, token_mask(offsets, spans, train_on)) for (ids, offsets), spans in made]
+            [TokenRow(ids, token_mask(offsets, row, learn_all)) for (ids, offsets), row in made]
         )
     return result
 
@@ -339,23 +282,33 @@ def _doubles_bos(tokenizer: "PreTrainedTokenizerFast", ids: np.ndarray) -> bool:
     return len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id
 
 
-def prompt_ids(tokenizer: "PreTrainedTokenizerFast", messages: Sequence[Message]) -> np.ndarray:
+def prompt_ids(
+    tokenizer: "PreTrainedTokenizerFast",
+    messages: Sequence[Message],
+    *,
+    tools: Sequence[dict[str, Any]] = (),
+    raw: bool = False,
+) -> np.ndarray:
     """Token ids [T] (int32) of a conversation that waits for the assistant's next answer.
+
+    Args:
+        tokenizer: with a chat template, unless `raw`.
+        messages: the conversation so far.
+        tools: descriptions of the tools that may be called.
+        raw: join the texts as they are.
 
     Raises:
         ConfigError: the tokenizer has no usable chat template, or it refuses the conversation.
     """
     chat = chat_of(tokenizer)
+    given = [wrap(message, chat.style.special) for message in messages]
+    if raw:
+        return chat.encode([chat.bos + "".join(message.content for message in given)])[0][0]
     try:
-        text, _ = chat.render(wrap(messages, chat.special), prompt=True)
+        text, _ = chat.render(given, prompt=True, tools=tools)
     except RowError as error:
         raise ConfigError(f"{error.reason} - change the messages or set data.template") from error
     return chat.encode([text])[0][0]
-
-
-def split_answer(example: Example) -> tuple[tuple[Message, ...], str]:
-    """The messages before the last answer, and that answer."""
-    return example.messages[:-1], example.messages[-1].content
 
 
 def stop_ids(tokenizer: "PreTrainedTokenizerFast") -> tuple[int, ...]:

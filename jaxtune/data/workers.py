@@ -17,8 +17,8 @@ from contextlib import ExitStack
 from typing import Any
 
 from jaxtune.data.chunks import make_chunk
-from jaxtune.data.formats import Example
-from jaxtune.data.sources import BadRow
+from jaxtune.data.examples import Example
+from jaxtune.data.rows import BadRow
 from jaxtune.data.table import Chunk
 from jaxtune.data.tokenize import chat_of
 from jaxtune.errors import DataError

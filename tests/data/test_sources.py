@@ -4,7 +4,8 @@ import re
 
 import pytest
 
-from jaxtune.data.sources import BadRow, Record, hash_files, read
+from jaxtune.data.rows import BadRow, Record
+from jaxtune.data.sources import hash_files, read
 from jaxtune.errors import DataError
 
 ROWS = [{"instruction": "a", "output": "1"}, {"instruction": "b", "output": "2 \u2028 \u0085 x"}]
@@ -134,24 +135,88 @@ def test_a_damaged_file_is_an_error(tmp_path, content, message):
     assert str(path) in str(caught.value) and caught.value.exit_code == 3
 
 
-def test_a_missing_file_suggests_its_neighbours(tmp_path):
-    (tmp_path / "train.jsonl").write_text("")
-    with pytest.raises(DataError, match="did you mean .*train.jsonl"):
-        list(read(str(tmp_path / "trian.jsonl"), LIMIT))
-    with pytest.raises(DataError, match="holds train.jsonl"):
-        list(read(str(tmp_path / "zzz"), LIMIT))
-    with pytest.raises(DataError, match="there is no folder"):
-        list(read(str(tmp_path / "nowhere" / "train.jsonl"), LIMIT))
-
-
-def test_a_plain_folder_is_refused(tmp_path):
-    with pytest.raises(DataError, match="not a folder that datasets.save_to_disk wrote"):
-        list(read(str(tmp_path), LIMIT))
-
-
 def test_hash_depends_on_contents_and_order_only(tmp_path):
     for name, content in (("a", b"1"), ("b", b"2"), ("c", b"1")):
         (tmp_path / name).write_bytes(content)
     a, b, c = (str(tmp_path / name) for name in "abc")
     assert hash_files([a, b]) == hash_files([c, b])
     assert len({hash_files(x) for x in ([a, b], [b, a], [a], [a, c])}) == 4
+
+
+CSV = 'question,answer\n"a, b",1\n"c\nd",\n'
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (CSV, [{"question": "a, b", "answer": "1"}, {"question": "c\nd", "answer": None}]),
+        ("\ufeffq\ta\nx\ty\n", [{"q": "x", "a": "y"}]),
+        ('{\n  "a": [1,\n 2]\n}', [{"a": [1, 2]}]),
+        ('{"a": 1}', [{"a": 1}]),
+    ],
+)
+def test_tables_and_single_objects_under_a_wrong_name(tmp_path, content, expected):
+    for name in ("rows.json", "rows.txt"):
+        (tmp_path / name).write_text(content, encoding="utf-8")
+        assert fields(tmp_path / name) == expected
+    (tmp_path / "rows.csv").write_bytes(gzip.compress(content.encode()))
+    assert fields(tmp_path / "rows.csv") == expected
+
+
+def test_bad_csv(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("a,b\n1,2\n1,2\n1,2\n1,2\n3\n5,6\n")
+    rows = list(read(path, LIMIT))
+    assert str(rows[4]) == f"{path}:row 5: has 1 cells, the first line 2" and len(rows) == 6
+    path.write_bytes(b"a,b\n1,2\n\xff,3\n")
+    with pytest.raises(DataError, match="save it as UTF-8"):
+        list(read(path, LIMIT))
+    path.write_text('a,b\n1,2\n1,2\n1,2\n1,2\n"x" y,2\n')
+    with pytest.raises(DataError, match="row 5: .*repair the file"):
+        list(read(path, LIMIT))
+
+
+def test_arrow_files_and_streams(tmp_path):
+    import pyarrow
+
+    table = pyarrow.Table.from_pylist(ROWS)
+    for make in (pyarrow.ipc.new_file, pyarrow.ipc.new_stream):
+        path = tmp_path / "rows.json"
+        with make(str(path), table.schema) as writer:
+            writer.write_table(table)
+        assert fields(path) == ROWS
+        path.write_bytes(path.read_bytes()[:-40])
+        with pytest.raises(DataError, match="cannot read"):
+            list(read(path, LIMIT)) and path.write_bytes(b"ARROW1")
+
+
+TEXT = "One, two:\r\nthree\n\n[4] four\n \nfive"
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected", "lines"),
+    [
+        ("line", ["One, two:", "three", "", "[4] four", " ", "five"], [1, 2, 3, 4, 5, 6]),
+        ("paragraph", ["One, two:\r\nthree", "[4] four", "five"], [1, 4, 6]),
+        ("file", [TEXT], [1]),
+    ],
+)
+def test_plain_text(tmp_path, rows, expected, lines):
+    path = tmp_path / "rows.txt"
+    path.write_bytes(b"\xef\xbb\xbf" + TEXT.encode())
+    found = list(read(path, LIMIT, rows))
+    assert [row.fields for row in found] == [{"text": text} for text in expected]
+    assert [row.origin for row in found] == [f"{path}:{line}" for line in lines]
+
+
+def test_bad_plain_text(tmp_path):
+    path = tmp_path / "rows.txt"
+    path.write_bytes(b"good\n" + b"x" * 300 + b"\n\xff\nlast")
+    for rows, expected in (("line", [1, 0, 0, 1]), ("paragraph", [0]), ("file", [0])):
+        found = list(read(path, 200, rows))
+        assert [isinstance(row, Record) for row in found] == expected
+    assert "longer than data.max_line_bytes=200" in str(list(read(path, 200))[1])
+    assert str(list(read(path, 200))[2]) == f"{path}:3: byte 1: invalid UTF-8"
+    # What is called JSON and is none is not learnt as text.
+    (tmp_path / "rows.jsonl").write_bytes(b"oops\n{}")
+    assert isinstance(next(read(tmp_path / "rows.jsonl", LIMIT)), BadRow)

@@ -4,8 +4,8 @@ import time
 import numpy as np
 import pytest
 
-from jaxtune.data import Example, Message, load_tokenizer, prompt_ids, split_answer, stop_ids
-from jaxtune.data.sources import RowError
+from jaxtune.data import Example, Message, load_tokenizer, prompt_ids, stop_ids
+from jaxtune.data.rows import RowError
 from jaxtune.data.templates import TEMPLATES
 from jaxtune.data.tokenize import chat_of, rows_of
 from jaxtune.errors import ConfigError, WeightError
@@ -80,7 +80,9 @@ def test_marked_masks_equal_transformers():
     tokenizer = with_template(MARKERS.replace("AFTER", "").replace("ENDS", "<|im_end|>"))
     example = conversation("uq ü", "aone\n", "ur", "a two")
     theirs = tokenizer.apply_chat_template(
-        [m._asdict() for m in example.messages], return_assistant_tokens_mask=True, return_dict=True
+        [m.for_template() for m in example.messages],
+        return_assistant_tokens_mask=True,
+        return_dict=True,
     )
     (row,) = rows_of(chat_of(tokenizer), [example], "answers")[0]
     assert row.tokens.tolist() == theirs["input_ids"]
@@ -124,8 +126,7 @@ def test_wrapped_text_is_encoded_like_the_same_text_without_special_tokens(smoll
 
 def test_prompts_for_generation(byte_tokenizer):
     example = conversation("uHi", "aHello", "uBye", "aCiao")
-    messages, answer = split_answer(example)
-    assert answer == "Ciao"
+    messages = example.messages[:-1]
     text = byte_tokenizer.decode(prompt_ids(byte_tokenizer, messages))
     assert text.endswith("Bye<|im_end|>\n<|im_start|>assistant\n")
     (row,) = rows_of(chat_of(byte_tokenizer), [example], "answers")[0]
@@ -140,45 +141,6 @@ def test_stop_ids():
     assert stop_ids(tokenizer) == (0, 2)
     tokenizer.chat_template = None
     assert stop_ids(tokenizer) == (0,)
-
-
-@pytest.mark.parametrize("name", TEMPLATES)
-def test_built_in_templates_learn_the_answer_and_one_closing_token(name):
-    tokenizer = load_tokenizer("tiny:llama")
-    tokenizer.add_special_tokens({"additional_special_tokens": list(TEMPLATES[name].tokens)})
-    tokenizer.chat_template = TEMPLATES[name].jinja
-    (row,) = learnt(tokenizer, conversation("sBe kind.", "uHi", "aHello", "uBye", "aCiao"))
-    closing = {"llama3": "<|eot_id|>"}.get(name, "<|im_end|>")
-    assert [s.strip(" ") for s in row[1]] == ["Hello" + closing, "Ciao" + closing]
-    assert row[0].count("Be kind.") == 1
-
-
-def test_built_in_llama3_is_the_published_one(byte_tokenizer):
-    text, _ = chat_of(with_template(TEMPLATES["llama3"].jinja)).render(
-        [Message("system", " Be kind. "), Message("user", "Hi")], prompt=True
-    )
-    assert text == (
-        "<|start_header_id|>system<|end_header_id|>\n\nBe kind.<|eot_id|>"
-        "<|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>"
-        "<|start_header_id|>assistant<|end_header_id|>\n\n"
-    )
-
-
-def test_built_in_alpaca_is_the_published_one():
-    text, _ = chat_of(with_template(TEMPLATES["alpaca"].jinja)).render([Message("user", "Hi")])
-    assert text == (
-        "Below is an instruction that describes a task. Write a response that appropriately "
-        "completes the request.\n\n### Instruction:\nHi\n\n### Response:\n"
-    )
-
-
-def test_choosing_a_template():
-    tokenizer = load_tokenizer("tiny:llama", template="vicuna")
-    assert tokenizer.chat_template == TEMPLATES["vicuna"].jinja
-    with pytest.raises(ConfigError, match="data.template='chatlm' is not built in.*chatml"):
-        load_tokenizer("tiny:llama", template="chatlm")
-    with pytest.raises(ConfigError, match=r"needs the tokens .*eot_id.*that fit: chatml, alpaca"):
-        load_tokenizer("tiny:llama", template="llama3")
 
 
 def test_a_tokenizer_that_adds_bos_gets_it_once(tmp_path):
@@ -201,7 +163,7 @@ def test_a_tokenizer_that_adds_bos_gets_it_once(tmp_path):
 @pytest.mark.parametrize(
     ("jinja", "reason"),
     [
-        (None, "has no chat template - set data.template to one of chatml, llama3"),
+        (None, "has no chat template - set data.template to one of chatml, "),
         ("{% for m in messages %}{{ m.contnt }}{% endfor %}", "drops or changes the user text"),
         (
             "{% for m in messages %}{{ m.role }} {{ m.content if m.role == 'user' }}{% endfor %}",
@@ -220,7 +182,7 @@ def test_a_template_that_cannot_work_is_refused_at_the_start(jinja, reason):
 
 
 def test_a_template_that_never_ends_is_given_up(monkeypatch):
-    monkeypatch.setattr("jaxtune.data.tokenize.PROBE_SECONDS", 0.2)
+    monkeypatch.setattr("jaxtune.data.rendering.MAX_SECONDS", 0.2)
     loops = "{% for i in range(9999) %}{% for j in range(300) %}{% endfor %}{% endfor %}"
     start = time.monotonic()
     with pytest.raises(ConfigError, match="takes more than"):
@@ -276,7 +238,7 @@ def test_ids_equal_apply_chat_template_on_real_rows(smollm):
         examples += [conversation("u" + row["instruction"], "a" + row["output"]) for row in some]
     made = rows_of(chat_of(smollm), examples, "answers")
     for example, (row,) in zip(examples, made, strict=True):
-        messages = [m._asdict() for m in example.messages]
+        messages = [m.for_template() for m in example.messages]
         assert row.tokens.tolist() == smollm.apply_chat_template(messages)["input_ids"]
         prompt = smollm.apply_chat_template(messages[:1], add_generation_prompt=True)["input_ids"]
         assert prompt_ids(smollm, example.messages[:1]).tolist() == prompt
