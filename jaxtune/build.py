@@ -22,7 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxtune import models, objectives, peft, tree
 from jaxtune.checkpoint import hf
-from jaxtune.checkpoint.adapter import Adapter, load_adapter
+from jaxtune.checkpoint.adapter import Adapter, first_values, load_adapter
 from jaxtune.checkpoint.fused import require_supported
 from jaxtune.checkpoint.tensors import Checkpoint
 from jaxtune.distributed import batch_to_device, held_rows, to_device
@@ -181,7 +181,7 @@ def describe(config: RunConfig, mesh: Mesh, checkpoint: Checkpoint) -> Run:
     )
     if policy.chunks > 1:
         _require_equal_chunks(shapes, policy.chunks)
-    learning = skeleton.select(AdapterParam) | peft.trained(base.variables, config.peft)
+    learning = skeleton.select(AdapterParam) | peft.trained(base.variables, config.peft, adapters)
     if coded := sorted(name for name in learning if isinstance(shapes[name], QArray)):
         raise ConfigError(
             f"config.peft.method={config.peft.method} cannot train the quantized {coded[0]} - "
@@ -355,20 +355,28 @@ def fill_base(run: Run, progress: Callable[[int, int], None]) -> Params:
     )
 
 
-def fill_adapter(run: Run) -> Params:
-    """First values of the adapter: of the imported one, or the method's own."""
+def fill_adapter(run: Run, base: Params) -> Params:
+    """First values of the adapter, of the imported one or the method's own; and of what the
+    imported one trained beside it.
+
+    Args:
+        run: the description.
+        base: the base's parameters, from which some of the first values follow.
+    """
+    if run.adapters is None:
+        return {}
     wanted = run.frozen | run.trainable
-    return {
-        name: to_device(_initial(run, name, wanted[name].shape), wanted[name].sharding)
-        for name in sorted(adapter_variables(run.skeleton))
-    }
-
-
-def _initial(run: Run, name: str, shape: tuple[int, ...]) -> np.ndarray:
-    assert run.adapters is not None
-    if run.imported is not None and name in run.imported.params:
-        return run.imported.params[name]
-    return peft.initial_value(name, shape, run.adapters, run.stacks, run.config.train.seed)
+    names = adapter_variables(run.skeleton)
+    if run.imported is not None:
+        names |= run.imported.params.keys()
+    return first_values(
+        {name: wanted[name] for name in names},
+        run.adapters,
+        run.stacks,
+        base,
+        stored=run.imported.params if run.imported else {},
+        seed=run.config.train.seed,
+    )
 
 
 def initial_state(run: Run, tx: optax.GradientTransformation, values: Params) -> TrainState:

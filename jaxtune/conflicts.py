@@ -21,6 +21,17 @@ def contradictions(config: RunConfig) -> list[str]:
     if c.peft.method == "full" and c.quant.format:
         problems.append("config.quant.format needs an adapter: peft.method=full trains the weights")
     problems += _bad_formats(c.quant)
+    if c.peft.method == "vera" and c.mesh.stage > 1:
+        problems.append(
+            "config.peft.method=vera has matrices that all layers share, which mesh.stage does "
+            "not carry - use other axes"
+        )
+    if 0 < c.peft.cayley_terms < 4:
+        problems.append(
+            f"config.peft.cayley_terms={c.peft.cayley_terms} rotates too coarsely - use 0 or >= 4"
+        )
+    if c.peft.decompose_factor == 0:
+        problems.append("config.peft.decompose_factor=0: must be -1 or >= 1")
     if not c.peft.target_modules:
         problems.append("config.peft.target_modules is empty - e.g. all-linear")
     if c.checkpoint.resume not in ("auto", "never") and not c.checkpoint.resume.isdecimal():

@@ -136,7 +136,7 @@ def _restore_as(cfg: RunConfig, store: Store, step: int | None) -> tuple[build.R
     assert restored is not None  # there are steps, and damaged ones raise
     found, state, _ = restored
     info(f"exporting step {found} of {store.folder.parent}")
-    return run, build.fill_adapter(run) | state.trainable
+    return run, state.trainable
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:

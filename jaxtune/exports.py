@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from jaxtune.build import Run, adapter_variables, quantized_kernels
+from jaxtune.build import Run, quantized_kernels
 from jaxtune.checkpoint.adapter import save_adapter
 from jaxtune.checkpoint.hf_save import save_model
 from jaxtune.tree import Params
@@ -41,7 +41,7 @@ def write_merged(
     Frozen base weights are copied from the base's files: those in memory may be rounded. Quantized
     ones are those in memory unless `checkpoint.merge_base` says original.
     """
-    learnt = run.trainable.keys() | adapter_variables(run.skeleton)
+    learnt = set(run.trainable)
     if run.config.checkpoint.merge_base == "dequantized":
         learnt |= quantized_kernels(run)
     save_model(

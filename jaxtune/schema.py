@@ -128,10 +128,23 @@ class Peft:
     """Which parameters learn."""
 
     method: str = _field(
-        "lora", "lora: low-rank adapters; full: every parameter", choices=("lora", "full")
+        "lora",
+        "lora: low-rank adapters; dora: with trained norms; moslora: with a mixer; mora: square "
+        "matrices; loha, lokr: products of small matrices; vera: vectors around random matrices; "
+        "ia3: factors of activations; oft: rotations; full: every parameter",
+        choices=(
+            *("lora", "dora", "moslora", "mora", "loha", "lokr", "vera", "ia3", "oft"),
+            "full",
+        ),
     )
     rank: int = _field(16, "rank R of the adapter matrices", low=1, high=65536)
     alpha: float = _field(32.0, "adapter scale is alpha / rank", low=0.0)
+    rank_pattern: tuple[str, ...] = _field(
+        (),
+        "ranks of single layers as pattern=rank (layers.0.attn.q_proj=8); a pattern is a regular "
+        "expression for the name or its end, and the first that matches counts",
+    )
+    alpha_pattern: tuple[str, ...] = _field((), "alphas of single layers, likewise")
     rslora: bool = _field(False, "scale by alpha / sqrt(rank) instead (rsLoRA)")
     dropout: float = _field(0.0, "dropout on the adapter's input", low=0.0, high=0.99)
     target_modules: tuple[str, ...] = _field(
@@ -142,6 +155,37 @@ class Peft:
     exclude_modules: tuple[str, ...] = _field((), "names or patterns taken out of the targets")
     layers_to_transform: tuple[int, ...] = _field(
         (), "indices of the layers that get adapters; empty: all"
+    )
+    feedforward_modules: tuple[str, ...] = _field(
+        ("down_proj",), "targets whose input is scaled, not their output (ia3)"
+    )
+    decompose_both: bool = _field(False, "both factors of low rank where that is smaller (lokr)")
+    decompose_factor: int = _field(
+        -1, "size of the small Kronecker factor; -1: near the square root (lokr)", low=-1
+    )
+    mora_type: str = _field(
+        "rotation",
+        "blocks of the input are kept apart and rotated, or added (mora)",
+        choices=("rotation", "sharing"),
+    )
+    d_initial: float = _field(0.1, "first value of the inner vector (vera)")
+    projection_prng_key: int = _field(0, "seed of the random matrices (vera)", low=0)
+    block_size: int = _field(
+        32, "size of the rotated blocks; the nearest divisor of a layer's width (oft)", low=2
+    )
+    cayley_terms: int = _field(
+        5,
+        "terms of the Neumann series for a rotation, at least 4; 0: exact by a solve (oft)",
+        low=0,
+    )
+    modules_to_save: tuple[str, ...] = _field(
+        (),
+        "parts of the base that train whole beside the adapter: embed, lm_head, norm, attn_norm",
+    )
+    bias: str = _field(
+        "none",
+        "biases of the base that train beside the adapter: those of adapted layers, or all",
+        choices=("none", "adapted", "all"),
     )
     adapter: str | None = _field(
         None, "Hugging Face PEFT folder from which training continues (its rank and alpha are used)"

@@ -199,9 +199,10 @@ def _fill(run: build.Run, tx: Any, store: Store) -> tuple[TrainState, Params, in
     if resume != "never":
         wanted = None if resume == "auto" else int(resume)
         restored = store.restore(wanted, build.abstract_state(run, tx))
-    values = build.fill_adapter(run)
+    values: Params = {}
     if restored is None or run.adapters is not None:
-        values |= build.fill_base(run, every_few_seconds("loading weights"))
+        values = build.fill_base(run, every_few_seconds("loading weights"))
+        values |= build.fill_adapter(run, values)
     frozen = {name: values[name] for name in run.frozen}
     if restored is None:
         return build.initial_state(run, tx, values), frozen, 0, None

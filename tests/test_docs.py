@@ -18,7 +18,7 @@ import pytest
 from jaxtune import config
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 HARMLESS = ("cd", "git", "source", "ls", "cat", "tail", "tensorboard", "export")
 
 

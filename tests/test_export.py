@@ -36,7 +36,7 @@ def run_folder(folder: Path, layers: str = "scan", **peft: Any) -> tuple[Path, d
     schedule = optim.make_schedule(cfg.optim, 2)
     tx = optim.make_optimizer(cfg.optim, schedule, build.trained_axes(run))
     values = build.fill_base(run, lambda done, total: None)
-    values |= build.fill_adapter(run) if run.adapters is not None else {}
+    values |= build.fill_adapter(run, values)
     store = Store(folder / "checkpoints", keep_last=2)
     try:
         for step in (1, 2):

@@ -107,8 +107,7 @@ def trained(
     devices = jax.devices()[: math.prod(mesh.axes().values())]
     run = build.describe(config, make_mesh(mesh.axes(), devices), base())
     values = build.fill_base(run, lambda done, total: None)
-    if run.adapters is not None:
-        values |= build.fill_adapter(run)
+    values |= build.fill_adapter(run, values)
     for name in values:
         if name.endswith(".adapter.b"):
             _, stack, rest = name.split(".", 2)

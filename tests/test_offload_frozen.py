@@ -41,7 +41,8 @@ def described(quant: Quant | None = None, devices: int = 2, **model: Any) -> bui
 
 def stepped(run: build.Run) -> tuple[dict[str, Any], dict[str, jax.Array]]:
     """Metrics and trained values after two steps from the run's own first values."""
-    values = build.fill_base(run, lambda done, total: None) | build.fill_adapter(run)
+    values = build.fill_base(run, lambda done, total: None)
+    values |= build.fill_adapter(run, values)
     state = build.initial_state(run, TX, values)
     frozen = {name: values[name] for name in run.frozen}
     for name, leaf in frozen.items():

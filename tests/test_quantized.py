@@ -52,7 +52,8 @@ def described(
 
 def filled(run: build.Run) -> dict[str, Any]:
     """All parameters, with adapters that change something."""
-    values = build.fill_base(run, lambda done, total: None) | build.fill_adapter(run)
+    values = build.fill_base(run, lambda done, total: None)
+    values |= build.fill_adapter(run, values)
     for name, array in values.items():
         if name.endswith(".adapter.b"):
             random = np.random.default_rng(zlib.crc32(name.split(".", 2)[2].encode()))

@@ -43,7 +43,7 @@ class Trainee:
         self.run = build.describe(config, make_mesh(mesh, devices), checkpoint)
         self.tx = tx or optax.sgd(RATE)
         values = build.fill_base(self.run, lambda done, total: None)
-        values |= build.fill_adapter(self.run) if self.run.adapters is not None else {}
+        values |= build.fill_adapter(self.run, values)
         random = np.random.default_rng(0)
         for name, array in sorted(values.items()):
             if name.endswith(".adapter.b"):

@@ -11,14 +11,16 @@ Source: PEFT 0.21.2 (utils/save_and_load.py).
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
-from jaxtune import process
+from jaxtune import peft, process
 from jaxtune.checkpoint.adapter_config import (
     CONFIG_FILE,
     Module,
@@ -28,7 +30,15 @@ from jaxtune.checkpoint.adapter_config import (
     read_config,
 )
 from jaxtune.checkpoint.folder import replace_folder
-from jaxtune.checkpoint.fused import Whole, joined, separated, wholes, with_room
+from jaxtune.checkpoint.fused import (
+    Whole,
+    joined,
+    require_supported,
+    separated,
+    wholes,
+    with_room,
+)
+from jaxtune.checkpoint.hf import Place, places, stored_shape
 from jaxtune.checkpoint.hf_save import write_json
 from jaxtune.checkpoint.safetensors import (
     read_along,
@@ -38,11 +48,11 @@ from jaxtune.checkpoint.safetensors import (
     write_folder,
 )
 from jaxtune.checkpoint.tensors import TensorInfo
-from jaxtune.distributed import to_host
-from jaxtune.errors import WeightError, listing
+from jaxtune.distributed import to_device, to_host
+from jaxtune.errors import ConfigError, WeightError, listing
 from jaxtune.models.base import Weight
 from jaxtune.peft import METHODS, Adapters
-from jaxtune.peft.base import Tensor, padded, shapes
+from jaxtune.peft.base import Tensor, common, padded, shapes
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -96,6 +106,32 @@ def stored_tensors(
     return found
 
 
+def places_beside(
+    adapters: Adapters,
+    base_params: Mapping[str, Any],
+    weights: Sequence[Weight],
+    stacks: Sequence[int],
+) -> dict[str, Place]:
+    """Name in the folder -> place, for every tensor of the base that trains beside the adapters.
+
+    Raises:
+        ConfigError: one of them is a part of a tensor.
+    """
+    adapted = {module.name for module in modules(weights, adapters, stacks)}
+    beside = {name: base_params[name] for name in adapters.saved | adapters.biases}
+    found = {}
+    for name, parts in places(weights, beside, stacks).items():
+        if parts[0].row.columns is not None:
+            raise ConfigError(
+                f"config.peft: {parts[0].path} is part of {name} in this family's files, so it "
+                "cannot train beside an adapter - leave it out of modules_to_save and bias"
+            )
+        module, _, leaf = name.rpartition(".")
+        layer = f"{module}.base_layer" if module in adapted else module
+        found[f"{_PREFIX}{layer}.{leaf}"] = parts[0]
+    return found
+
+
 def save_adapter(
     folder: Path,
     params: Mapping[str, Any],
@@ -123,12 +159,20 @@ def save_adapter(
     """
     adapted = [with_room(whole) for whole in wholes(modules(weights, adapters, stacks), weights)]
     stored = stored_tensors(adapters.method, adapted, base_params)
+    beside = places_beside(adapters, base_params, weights, stacks)
+    fixed = _fixed(adapters)
 
     def variable(part: Module, leaf: str) -> np.ndarray:
         array = params[f"{part.path}.adapter.{leaf}"]
         return to_host(array if part.index is None else array[part.index])
 
     def read(key: str) -> np.ndarray:
+        if key in fixed:
+            return fixed[key]
+        if key in beside:
+            path, index, _, row, *_ = beside[key]
+            array = to_host(params[path] if index is None else params[path][index])
+            return row.change.to_hf(array.astype(np.float32, copy=False))
         whole, leaf, tensor = stored[key]
         leaves = "ab" if whole.columns else (leaf,)
         values = [
@@ -139,14 +183,16 @@ def save_adapter(
         own = array[tuple(slice(size) for size in tensor.shape)]
         return tensor.change.to_hf(own.astype(np.float32, copy=False))
 
-    tensors = {key: TensorInfo(entry.shape, _FLOAT32) for key, entry in stored.items()}
+    sizes = {key: entry.shape for key, entry in (stored | fixed).items()}
+    sizes |= {key: stored_shape((place,)) for key, place in beside.items()}
+    tensors = {key: TensorInfo(shape, _FLOAT32) for key, shape in sizes.items()}
     size = sum(info.nbytes for info in tensors.values())
     if not process.is_first():
         return read_along(tensors, read, max_shard_bytes=size)
     with replace_folder(folder, {"kind": "adapter", "base": base}) as temporary:
         write_folder(temporary, tensors, read, stem="adapter_model", max_shard_bytes=size)
         layers = [whole.first._replace(config=whole.config) for whole in adapted]
-        fields = config_fields(adapters, layers, weights, sum(stacks))
+        fields = config_fields(adapters, layers, weights, stacks)
         fields |= {"base_model_name_or_path": base, "revision": revision}
         write_json(temporary / CONFIG_FILE, fields)
 
@@ -173,10 +219,22 @@ def load_adapter(
             that the base lacks, or tensors that are missing, extra, mis-shaped or not finite (all
             listed).
     """
-    kernels = [path.removesuffix(".kernel") for path in base_params if path.endswith(".kernel")]
-    adapters = read_adapters(folder, kernels, weights, stacks)
+    adapters = read_adapters(folder, base_params, weights, stacks)
+    require_supported(adapters, weights)
     adapted = wholes(modules(weights, adapters, stacks), weights)
-    adapters, params = _read_params(folder, adapters, adapted, base_params)
+    stored = stored_tensors(adapters.method, adapted, base_params)
+    beside = places_beside(adapters, base_params, weights, stacks)
+    sizes = {key: entry.shape for key, entry in stored.items()}
+    sizes |= {key: stored_shape((place,)) for key, place in beside.items()}
+    arrays = _read_tensors(folder, sizes, _fixed(adapters))
+    values: dict[str, dict[str, np.ndarray]] = {}
+    for key, entry in stored.items():
+        array = entry.tensor.change.to_ours(arrays[key])
+        values.setdefault(entry.whole.name, {})[entry.leaf] = array
+    adapters, params = _separated(adapters, adapted, values, base_params)
+    for key, (path, index, _, row, *_) in beside.items():
+        stack = params.setdefault(path, np.zeros(base_params[path].shape, np.float32))
+        stack[... if index is None else index] = row.change.to_ours(arrays[key])
     trained_on = read_config(folder)[1].get("base_model_name_or_path")
     warnings = ()
     if trained_on and Path(trained_on).name != Path(base).name:
@@ -184,35 +242,65 @@ def load_adapter(
     return Adapter(adapters, params, warnings)
 
 
-def _read_params(
-    folder: Path, adapters: Adapters, adapted: Sequence[Whole], base_params: Mapping[str, Any]
-) -> tuple[Adapters, dict[str, np.ndarray]]:
+def _fixed(adapters: Adapters) -> dict[str, np.ndarray]:
+    """The tensors of the folder that follow from the knobs."""
+    method = METHODS[adapters.method]
+    if not hasattr(method, "fixed"):
+        return {}
+    return method.fixed(common(next(iter(adapters.choice.values()))))
+
+
+def _read_tensors(
+    folder: Path, sizes: Mapping[str, tuple[int, ...]], fixed: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """The folder's tensors, float32; those of `fixed` may be there too, with these values.
+
+    Args:
+        folder: of the adapter.
+        sizes: shapes by name.
+        fixed: values by name.
+
+    Raises:
+        WeightError: tensors are missing, extra, mis-shaped, not finite or not those of `fixed`.
+    """
     path = folder / WEIGHTS_FILE
     if not path.exists():
         for other in sorted(folder.iterdir()):
             refuse_pickle(other)
         raise WeightError(f"{folder} holds no {WEIGHTS_FILE} - copy the whole adapter folder")
     in_file = read_header(path)
-    expected = stored_tensors(adapters.method, adapted, base_params)
-    values: dict[str, dict[str, np.ndarray]] = {}
-    problems = []
-    for key, entry in expected.items():
+    arrays, problems = {}, []
+    for key, size in sizes.items():
         if key not in in_file:
             problems.append(f"missing: {key}")
-        elif in_file[key].info.shape != entry.shape:
-            shapes = f"{list(in_file[key].info.shape)}, base and r ask for {list(entry.shape)}"
+        elif in_file[key].info.shape != size:
+            shapes = f"{list(in_file[key].info.shape)}, base and r ask for {list(size)}"
             problems.append(f"wrong shape: {key} is {shapes}")
         else:
-            array = entry.tensor.change.to_ours(read_tensor(in_file[key]).astype(np.float32))
-            if not np.isfinite(array).all():
+            arrays[key] = read_tensor(in_file[key]).astype(np.float32)
+            if not np.isfinite(arrays[key]).all():
                 problems.append(f"NaN or infinity: {key}")
-            values.setdefault(entry.whole.name, {})[entry.leaf] = array
-    problems += [f"unexpected: {key}" for key in in_file if key not in expected]
+    for key in fixed.keys() & in_file.keys():
+        same = in_file[key].info.shape == fixed[key].shape
+        # Drawn on other machines, the last bit may differ.
+        if not same or not np.allclose(read_tensor(in_file[key]), fixed[key], atol=1e-6):
+            problems.append(f"not what {CONFIG_FILE} gives: {key}")
+    problems += [f"unexpected: {key}" for key in in_file if key not in {*sizes, *fixed}]
     if problems:
         raise WeightError(
             f"{path}: {len(problems)} tensors do not fit the base model and {CONFIG_FILE} - use "
             "the adapter's own base model:" + listing(problems, limit=len(problems))
         )
+    return arrays
+
+
+def _separated(
+    adapters: Adapters,
+    adapted: Sequence[Whole],
+    values: Mapping[str, Mapping[str, np.ndarray]],
+    base_params: Mapping[str, Any],
+) -> tuple[Adapters, dict[str, np.ndarray]]:
+    """The adapters of our layers, and their variables, from those of the transformers model."""
     parts = [part for whole in adapted for part in separated(whole, values[whole.name])]
     choice = {path: list(configs) for path, configs in adapters.choice.items()}
     for module, config, _ in parts:
@@ -237,3 +325,38 @@ def _empty(adapters: Adapters, base_params: Mapping[str, Any]) -> dict[str, np.n
         for leaf, size in sizes.items():
             params[f"{path}.adapter.{leaf}"] = np.zeros((*stack, *size), np.float32)
     return params
+
+
+def first_values(
+    shapes: Mapping[str, jax.ShapeDtypeStruct],
+    adapters: Adapters,
+    stacks: Sequence[int],
+    base: Mapping[str, Any],
+    *,
+    stored: Mapping[str, np.ndarray],
+    seed: int,
+) -> dict[str, jax.Array]:
+    """First values of an adapter's variables on the devices.
+
+    Args:
+        shapes: name -> shape, dtype and sharding of every variable.
+        adapters: the method and the adapted layers.
+        stacks: number of layers in each stack.
+        base: the base's parameters by name.
+        stored: values read from a folder, which come first.
+        seed: of the random numbers.
+    """
+    found = {}
+    for name in sorted(shapes):
+        where = shapes[name].sharding
+        if name in stored:
+            found[name] = to_device(stored[name], where)
+            continue
+        kernel = base[f"{name.split('.adapter.')[0]}.kernel"]
+        follow = functools.partial(peft.value_from_kernel, name, adapters)
+        if jax.eval_shape(follow, kernel) is not None:
+            found[name] = jax.jit(follow, out_shardings=where)(kernel)
+        else:
+            value = peft.initial_value(name, shapes[name].shape, adapters, stacks, seed)
+            found[name] = to_device(value, where)
+    return found

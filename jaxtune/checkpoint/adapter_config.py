@@ -20,13 +20,12 @@ from jaxtune.peft.targets import is_target
 
 CONFIG_FILE = "adapter_config.json"
 PEFT_VERSION = "0.21.2"
-_TYPES = {
-    module.PEFT.peft_type: name for name, module in METHODS.items() if hasattr(module, "PEFT")
-}
+_FORMATS = {name: module.PEFT for name, module in METHODS.items() if hasattr(module, "PEFT")}
 # Common fields that are read, or that say nothing about what the adapter computes.
 _COMMON = frozenset(
     ("peft_type", "target_modules", "exclude_modules", "layers_to_transform", "task_type")
     + ("base_model_name_or_path", "inference_mode", "peft_version", "revision", "auto_mapping")
+    + ("modules_to_save",)
 )
 
 
@@ -64,24 +63,48 @@ def _names(weights: Sequence[Weight]) -> dict[str, str]:
 
 
 def config_fields(
-    adapters: Adapters, adapted: Sequence[Module], weights: Sequence[Weight], num_layers: int
+    adapters: Adapters,
+    adapted: Sequence[Module],
+    weights: Sequence[Weight],
+    stacks: Sequence[int],
 ) -> dict[str, Any]:
     """What PEFT writes about the adapters, but for the base model's name."""
     method = METHODS[adapters.method]
-    targets, layers = _targets(adapted, weights, num_layers)
+    targets, layers = sorted(module.name for module in adapted), None
+    if method.PEFT.has_layers:
+        targets, layers = _targets(adapted, weights, sum(stacks))
     own = method.to_peft(adapters.config, {module.name: module.config for module in adapted})
     return {
         **method.PEFT.defaults,
+        **({"layers_to_transform": layers} if method.PEFT.has_layers else {}),
         "auto_mapping": None,
-        "exclude_modules": None,
         "inference_mode": True,
-        "layers_to_transform": layers,
         "peft_type": method.PEFT.peft_type,
         "peft_version": PEFT_VERSION,
         "target_modules": targets,
         "task_type": "CAUSAL_LM",
         **own,
+        **_beside(adapters, weights, stacks),
     }
+
+
+def _beside(adapters: Adapters, weights: Sequence[Weight], stacks: Sequence[int]) -> dict[str, Any]:
+    """modules_to_save with whole names, which PEFT takes for ends of names, and bias."""
+    fields: dict[str, Any] = {}
+    names = {row.ours: row.hf.rpartition(".")[0] for row in weights}
+    saved = set()
+    for path in adapters.saved:
+        stack, ours = split_path(path)
+        first = sum(stacks[: stack or 0])
+        layers = range(first, first + (1 if stack is None else stacks[stack]))
+        saved |= {names[ours].format(layer) for layer in layers}
+    if saved:
+        fields["modules_to_save"] = sorted(saved)
+    if adapters.biases:
+        of_adapted = all(name.rpartition(".")[0] in adapters.choice for name in adapters.biases)
+        peft_type = METHODS[adapters.method].PEFT.peft_type
+        fields["bias"] = f"{peft_type.lower()}_only" if of_adapted else "all"
+    return fields
 
 
 def _targets(
@@ -122,21 +145,24 @@ def read_config(folder: Path) -> tuple[str, dict[str, Any]]:
             f"{folder} is not a PEFT adapter: no readable {CONFIG_FILE} ({error}) - "
             "give a folder that PEFT or jaxtune saved"
         ) from error
-    if peft_type not in _TYPES:
-        known = ", ".join(sorted(_TYPES))
+    name = _method(fields)
+    if name is None:
+        known = ", ".join(sorted({form.peft_type for form in _FORMATS.values()}))
         raise WeightError(f"{path}: peft_type {peft_type!r} is not supported - supported: {known}")
-    method = METHODS[_TYPES[peft_type]]
+    method, form = METHODS[name], _FORMATS[name]
     try:
-        understood = _COMMON | method.PEFT.ignored | set(method.to_peft(_main(fields), {}))
+        understood = _COMMON | form.ignored | set(method.to_peft(method.from_peft(fields), {}))
     except ValueError as error:
         raise WeightError(f"{path}: {error} - repair it") from error
     problems = []
+    biases = (None, "none", "all", f"{form.peft_type.lower()}_only")
     for key, value in fields.items():
-        if key in method.PEFT.accepted:
-            unknown = value not in method.PEFT.accepted[key]
+        if key == "bias":
+            unknown = value not in biases
+        elif key in form.accepted:
+            unknown = value not in form.accepted[key]
         else:
-            unknown = bool(value) and key not in understood
-            unknown = unknown and value != method.PEFT.defaults.get(key)
+            unknown = bool(value) and key not in understood and value != form.defaults.get(key)
         if unknown:
             problems.append(f"{key}={json.dumps(value)}")
     if problems:
@@ -144,21 +170,31 @@ def read_config(folder: Path) -> tuple[str, dict[str, Any]]:
             f"{path} uses settings that jaxtune does not support - merge the adapter with PEFT and "
             "start from the merged model:" + listing(problems)
         )
-    return _TYPES[peft_type], fields
+    return name, fields
 
 
-def _main(fields: Mapping[str, Any]) -> Any:
-    return METHODS[_TYPES[fields["peft_type"]]].from_peft(fields, "")
+def _method(fields: Mapping[str, Any]) -> str | None:
+    """The method with the fields' type and the most marks that they bear."""
+    fits = [
+        name
+        for name, form in _FORMATS.items()
+        if form.peft_type == fields.get("peft_type")
+        and all(fields.get(key) == value for key, value in form.marks.items())
+    ]
+    return max(fits, key=lambda name: len(_FORMATS[name].marks), default=None)
 
 
 def read_adapters(
-    folder: Path, kernels: Sequence[str], weights: Sequence[Weight], stacks: Sequence[int]
+    folder: Path,
+    base_params: Mapping[str, Any],
+    weights: Sequence[Weight],
+    stacks: Sequence[int],
 ) -> Adapters:
     """The adapters that PEFT would put on a base model.
 
     Args:
         folder: holds adapter_config.json.
-        kernels: paths of the base's linear layers.
+        base_params: path -> anything with `.shape`, of the base model.
         weights: the base family's table.
         stacks: number of layers in each stack.
 
@@ -171,23 +207,49 @@ def read_adapters(
     layers = fields.get("layers_to_transform")
     layers = [layers] if isinstance(layers, int) else layers
     excluded = fields.get("exclude_modules") or []
+    kernels = [path.removesuffix(".kernel") for path in base_params if path.endswith(".kernel")]
     every = {path: (True,) * len(layer_names(path, tuple(stacks))) for path in kernels}
     candidates = modules(weights, Adapters(name, None, every), stacks)
-    configs: dict[str, list[Any]] = {path: [None] * len(every[path]) for path in kernels}
-    for module in candidates:
-        if (
-            is_target(module.name, targets)
-            and not is_target(module.name, excluded)
-            and (layers is None or module.layer in layers)
-        ):
-            configs[module.path][module.index or 0] = method.from_peft(fields, module.name)
-    choice = {path: tuple(own) for path, own in configs.items() if any(own)}
+    adapted = [
+        module
+        for module in candidates
+        if is_target(module.name, targets)
+        and not is_target(module.name, excluded)
+        and (layers is None or module.layer in layers)
+    ]
     unused = [] if isinstance(targets, str) else targets or []
     unused = [name for name in unused if not any(is_target(m.name, [name]) for m in candidates)]
-    if unused or not choice:
+    if unused or not adapted:
         known = sorted({module.name.rsplit(".", 1)[-1] for module in candidates})
         raise WeightError(
             f"{folder / CONFIG_FILE}: target_modules {unused or targets} are not in this base "
             f"model, whose layers are {', '.join(known)} - use the adapter's own base model"
         )
-    return Adapters(name, _main(fields), choice)
+    config = method.from_peft(fields)
+    widths = {m.name: base_params[f"{m.path}.kernel"].shape[-2:] for m in adapted}
+    own = method.configure(config, widths)
+    choice: dict[str, list[Any]] = {m.path: [None] * len(every[m.path]) for m in adapted}
+    for module in adapted:
+        choice[module.path][module.index or 0] = own[module.name]
+    found = {path: tuple(configs) for path, configs in choice.items()}
+    names = {row.ours: row.hf.rpartition(".")[0] for row in weights}
+    saved, biases = set(), set()
+    for path in base_params:
+        stack, ours = split_path(path)
+        first = sum(stacks[: stack or 0])
+        module = path.rpartition(".")[0]
+        if any(names[ours].format(first).endswith(t) for t in fields.get("modules_to_save") or ()):
+            saved.add(path)
+        if ours.endswith(".bias") and _trains(fields.get("bias"), module in found):
+            biases.add(path)
+    if "embed.table" in saved and "lm_head.kernel" not in base_params:
+        raise WeightError(
+            f"{folder / CONFIG_FILE}: modules_to_save has the embedding, which this base ties to "
+            "its head and PEFT does not - merge it with PEFT and start from the merged model"
+        )
+    return Adapters(name, config, found, frozenset(saved), frozenset(biases))
+
+
+def _trains(bias: str | None, is_adapted: bool) -> bool:
+    """Whether PEFT trains a bias of an adapted or another layer."""
+    return bias == "all" or bias not in (None, "none") and is_adapted

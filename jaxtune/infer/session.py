@@ -12,10 +12,9 @@ from jax.sharding import Mesh
 
 from jaxtune import data, models, peft, tree
 from jaxtune.checkpoint import hf
-from jaxtune.checkpoint.adapter import Adapter, load_adapter
+from jaxtune.checkpoint.adapter import Adapter, first_values, load_adapter
 from jaxtune.checkpoint.source import open_checkpoint
 from jaxtune.checkpoint.tensors import Checkpoint
-from jaxtune.distributed import to_device
 from jaxtune.errors import ConfigError
 from jaxtune.infer import engine
 from jaxtune.infer.sampling import make_sampling
@@ -226,13 +225,11 @@ def _open(
     for warning in adapter.warnings:
         warn(warning)
     skeleton = tree.describe(lambda: build(adapter))
-    for name, leaf in rules.placed(skeleton, mesh).items():
-        if name not in params:
-            value = adapter.params.get(name)
-            if value is None:
-                value = peft.initial_value(name, leaf.shape, adapter.adapters, stacks, seed=0)
-            params[name] = to_device(value, leaf.sharding)
-    return skeleton, params
+    places = rules.placed(skeleton, mesh)
+    missing = (places.keys() - params.keys()) | adapter.params.keys()
+    rest = {name: places[name] for name in missing}
+    values = first_values(rest, adapter.adapters, stacks, params, stored=adapter.params, seed=0)
+    return skeleton, params | values
 
 
 def _stop_ids(checkpoint: Checkpoint, tokenizer: Any) -> frozenset[int]:

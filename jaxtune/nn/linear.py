@@ -48,8 +48,7 @@ class Linear(nnx.Module):
 
     def project(self, x: jax.Array) -> jax.Array:
         """The layer without its adapter: [..., D_in] -> [..., D_out]."""
-        weight = self._weight()
-        return self.add_bias(product(x, weight, self.axes, self.policy))
+        return self.add_bias(self.product(x, self.weight()))
 
     def adapt(self, x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
         """The layer with the low-rank product a b added to its weight: x (W + a b) + bias.
@@ -59,25 +58,32 @@ class Linear(nnx.Module):
             a: [D_in, R].
             b: [R, D_out], scaled already.
         """
-        weight = self._weight()
-        if _is_mapped(weight, x, self.policy):
-            y = product(x, weight, self.axes, self.policy)
-            return self.add_bias(y + self.low_rank(x, a, b))
-        return self.add_bias(ops.adapted_matmul(x, weight, *self._gathered_pair(a, b)))
+        return self.add_bias(self.adapted_product(x, self.weight(), a, b))
 
-    def _weight(self) -> Any:
+    def weight(self) -> Any:
         """The kernel on the device, its shards brought together."""
         weight = self.kernel.get_value()
         if self.policy.offload_frozen:
             weight = fetched(weight, self.axes, self.policy.mesh)
         return self._gathered(weight, self.axes)
 
+    def product(self, x: jax.Array, weight: Any) -> jax.Array:
+        """x W without the bias, for `weight()`: [..., D_in] -> [..., D_out]."""
+        return product(x, weight, self.axes, self.policy)
+
+    def adapted_product(self, x: jax.Array, weight: Any, a: jax.Array, b: jax.Array) -> jax.Array:
+        """x (W + a b) without the bias, for `weight()`; see `adapt`."""
+        if _is_mapped(weight, x, self.policy):
+            return self.product(x, weight) + self.low_rank(x, a, b)
+        return ops.adapted_matmul(x, weight, *self.gathered_pair(a, b))
+
     def low_rank(self, x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
         """x a b: [..., D_in] -> [..., D_out]."""
-        a, b = (matrix.astype(x.dtype) for matrix in self._gathered_pair(a, b))
+        a, b = (matrix.astype(x.dtype) for matrix in self.gathered_pair(a, b))
         return ops.dot(ops.dot(x, a, x.dtype), b, x.dtype)
 
-    def _gathered_pair(self, a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def gathered_pair(self, a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """a [D_in, R] and b [R, D_out] with their shards brought together, as the kernel's are."""
         in_axis, out_axis = self.axes
         return self._gathered(a, (in_axis, None)), self._gathered(b, (None, out_axis))
 

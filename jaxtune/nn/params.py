@@ -21,6 +21,10 @@ class AdapterConstant(nnx.Variable):
     """A number that belongs to an adapter and is not trained (its scale)."""
 
 
+class SharedConstant(AdapterConstant):
+    """A constant without layer axis: the same array for all layers of a stack."""
+
+
 class SeedKey(nnx.Variable):
     """A random key put into a slot for one forward pass; without it there is no noise."""
 

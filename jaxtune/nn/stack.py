@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from jaxtune.nn.params import Policy
+from jaxtune.nn.params import Policy, SharedConstant
 from jaxtune.sharding import pipeline
 
 # From the fastest to the leanest; "offload" keeps what "dots" keeps, in host memory.
@@ -78,25 +78,32 @@ def scan_layers(
     Returns:
         The last layer's output, and the new caches of each stack.
     """
-    graphdefs, params = zip(*(nnx.split(blocks) for blocks in stacks), strict=True)
+    parts = (nnx.split(blocks, SharedConstant, ...) for blocks in stacks)
+    graphdefs, shared, params = zip(*parts, strict=True)
     given = list(zip(params, [None] * len(stacks) if caches is None else caches, strict=True))
     if policy.mesh is not None and _is_staged(params, policy.mesh):
 
         def stage(chunks: Any, turn: jax.Array, x: jax.Array, rows: Any) -> tuple[jax.Array, Any]:
             def layer(kind: Any, x: jax.Array, candidates: Any) -> tuple[jax.Array, Any]:
                 params, cache = _chosen(candidates, turn)
-                return apply(nnx.merge(graphdefs[0], params), kind, x, rows, cache)
+                return apply(nnx.merge(graphdefs[0], shared[0], params), kind, x, rows, cache)
 
             return _in_turn(layer, x, chunks, policy.remat, kinds[: period(kinds)])
 
         micro_batches = policy.micro_batches if caches is None else 1
         return pipeline.run(stage, given, x, rows, mesh=policy.mesh, micro_batches=micro_batches)
     new_caches, first = [], 0
-    for graphdef, stack in zip(graphdefs, given, strict=True):
+    for graphdef, same, stack in zip(graphdefs, shared, given, strict=True):
 
-        def layer(kind: Any, x: jax.Array, params_and_cache: tuple, graphdef: Any = graphdef):
+        def layer(
+            kind: Any,
+            x: jax.Array,
+            params_and_cache: tuple,
+            graphdef: Any = graphdef,
+            same: Any = same,
+        ) -> tuple:
             params, cache = params_and_cache
-            return apply(nnx.merge(graphdef, params), kind, x, rows, cache)
+            return apply(nnx.merge(graphdef, same, params), kind, x, rows, cache)
 
         here = kinds[first : first + jax.tree.leaves(stack)[0].shape[0]]
         first += len(here)

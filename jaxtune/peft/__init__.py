@@ -5,17 +5,36 @@
 
 import dataclasses
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jaxtune import quant
+from jaxtune.errors import ConfigError
 from jaxtune.nn.linear import layer_names, linears
-from jaxtune.peft import full, lora
-from jaxtune.peft.base import Adapters
+from jaxtune.peft import (
+    beside,
+    dora,
+    full,
+    ia3,
+    loha,
+    lokr,
+    lora,
+    mora,
+    moslora,
+    oft,
+    patterns,
+    vera,
+)
+from jaxtune.peft.base import Adapters, common
 from jaxtune.peft.targets import Targets, choose
+from jaxtune.quant import QArray
+from jaxtune.tree import flatten
 
 __all__ = [
     "METHODS",
@@ -32,9 +51,23 @@ __all__ = [
     "seed",
     "trained",
     "unread",
+    "value_from_kernel",
 ]
 
-METHODS: Mapping[str, Any] = MappingProxyType({"full": full, "lora": lora})
+METHODS: Mapping[str, Any] = MappingProxyType(
+    {
+        "lora": lora,
+        "dora": dora,
+        "moslora": moslora,
+        "mora": mora,
+        "loha": loha,
+        "lokr": lokr,
+        "vera": vera,
+        "ia3": ia3,
+        "oft": oft,
+        "full": full,
+    }
+)
 
 # Knobs that say nothing about what a trained adapter computes.
 _OF_TRAINING = ("dropout",)
@@ -70,20 +103,42 @@ def choose_adapters(model: Any, section: Any) -> Adapters:
     """What config.peft attaches to a model.
 
     Raises:
-        ConfigError: targets or patterns that match nothing.
+        ConfigError: targets or patterns that match nothing, or are ill-formed.
     """
     method = METHODS[section.method]
     config = _options(section, method.READS[0])
     chosen = choose(model, _options(section, Targets)) if Targets in method.READS else {}
-    names = {path: layer_names(path, model.stacks) for path in chosen}
+    layers = {
+        name: linear.kernel.get_value().shape[-2:]
+        for path, linear in linears(model)
+        for name in _names(path, chosen.get(path, ()), model.stacks)
+    }
+    if problems := patterns.problems(section, list(layers)):
+        raise ConfigError("; ".join(problems))
+    configs = method.configure(config, layers) if layers else {}
     choice = {
         path: tuple(
-            method.for_layer(config, name) if flag else None
-            for (_, name), flag in zip(names[path], flags, strict=True)
+            configs[name] if flag else None
+            for (_, name), flag in zip(layer_names(path, model.stacks), flags, strict=True)
         )
         for path, flags in chosen.items()
     }
-    return Adapters(section.method, config, choice)
+    names, saved, biases = sorted(flatten(model)), frozenset(), frozenset()
+    if beside.Saved in method.READS:
+        saved = beside.choose_saved(names, section.modules_to_save, choice, model.stacks)
+        if "embed.table" in saved and model.lm_head is None:
+            raise ConfigError(
+                "config.peft.modules_to_save: embed is tied to the output head, of which PEFT "
+                "would train a copy - use peft.method=full, or leave embed out"
+            )
+    if beside.Biases in method.READS:
+        biases = beside.choose_biases(names, section.bias, choice, model.stacks)
+    return Adapters(section.method, config, choice, saved, biases)
+
+
+def _names(path: str, flags: Sequence[bool], stacks: Any) -> list[str]:
+    """Names of the layers behind a path whose flag is set."""
+    return [name for (_, name), flag in zip(layer_names(path, stacks), flags, strict=False) if flag]
 
 
 def continued(adapters: Adapters, section: Any) -> Adapters:
@@ -93,23 +148,21 @@ def continued(adapters: Adapters, section: Any) -> Adapters:
         for field in dataclasses.fields(adapters.config)
         if field.name in _OF_TRAINING
     }
-
-    def changed(config: Any) -> Any:
-        return None if config is None else dataclasses.replace(config, **given)
-
-    choice = {path: tuple(map(changed, configs)) for path, configs in adapters.choice.items()}
-    return Adapters(adapters.method, changed(adapters.config), choice)
+    config = dataclasses.replace(adapters.config, **given)
+    return dataclasses.replace(adapters, config=config)
 
 
-def trained(names: Iterable[str], section: Any) -> set[str]:
-    """The base's parameters, of those named, that config.peft lets train."""
+def trained(names: Iterable[str], section: Any, adapters: Adapters | None) -> set[str]:
+    """The base's parameters, of those named, that train with config.peft and its adapters."""
+    if adapters is not None:
+        return {*adapters.saved, *adapters.biases}
     method = METHODS[section.method]
     return method.trained(names, _options(section, method.READS[0]))
 
 
 def attach(model: Any, adapters: Adapters) -> None:
     """Fills the slots of a model (in place; for use under `tree.describe`)."""
-    METHODS[adapters.method].attach(model, adapters.choice)
+    METHODS[adapters.method].attach(model, adapters)
 
 
 def initial_value(
@@ -125,16 +178,39 @@ def initial_value(
         seed: with the layer's name, the seed of the random numbers.
     """
     path, leaf = name.split(".adapter.")
+    method, configs = METHODS[adapters.method], adapters.choice[path]
+    if leaf in getattr(method, "SHARED", ()):
+        return method.initial(leaf, shape, common(configs), np.random.default_rng(seed))
     names = layer_names(path, stacks)
     stacked = names[0][0] is not None
     values = []
-    for (_, layer), config in zip(names, adapters.choice[path], strict=True):
+    for (_, layer), config in zip(names, configs, strict=True):
         rng = np.random.default_rng([seed, zlib.crc32(layer.encode())])
         value = np.zeros(shape[stacked:], np.float32)
         if config is not None:
-            value = METHODS[adapters.method].initial(leaf, value.shape, config, rng)
+            value = method.initial(leaf, value.shape, config, rng)
         values.append(value)
     return np.stack(values) if stacked else values[0]
+
+
+def value_from_kernel(name: str, adapters: Adapters, kernel: Any) -> jax.Array | None:
+    """First value of a variable that follows from its layer's kernel; None if it does not.
+
+    Args:
+        name: path of the variable.
+        adapters: the method and the adapted layers.
+        kernel: [D_in, D_out], dense or quantized, or a stack of them, of which one at a time is
+            decoded.
+    """
+    method, leaf = METHODS[adapters.method], name.split(".adapter.")[1]
+    if leaf not in getattr(method, "FROM_KERNEL", ()):
+        return None
+
+    def one(layer: Any) -> jax.Array:
+        dense = quant.dequantize(layer, jnp.float32) if isinstance(layer, QArray) else layer
+        return method.from_kernel(dense)[leaf]
+
+    return one(kernel) if len(kernel.shape) == 2 else jax.lax.map(one, kernel)
 
 
 def seed(model: nnx.Module, key: Any) -> None:

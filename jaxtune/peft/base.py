@@ -4,20 +4,29 @@ Every method has
 
     READS      dataclasses whose fields are the options of `schema.Peft` that it reads; the first
                is `Config`, its knobs
-    trained    names of the base's parameters -> those that train beside the adapters
 
 A method that attaches something also has
 
-    attach     fills slots of a model (under `tree.describe`), for a `Choice`
+    attach     fills slots of a model (under `tree.describe`) for `Adapters`
     initial    name and shape of a variable -> its first value, of one layer
     seed       on what it puts into slots: takes the random key of a training step
 
-and one that adapts chosen layers
+one that adapts chosen layers
 
-    for_layer  the knobs of one layer, by its name
+    configure  the knobs, and the adapted layers' names and widths -> the knobs of each layer
     tensors    what a layer's adapter is made of, as PEFT stores it: {variable: Tensor}
     merge      a parameter of a layer -> what it is with the adapter put into it
     PEFT       `Format`; with `to_peft` and `from_peft` the other half of adapter_config.json
+
+where it needs them
+
+    from_kernel   a layer's kernel -> the variables named by FROM_KERNEL, at first
+    fixed         the knobs of a layer -> tensors of the folder that follow from them
+    SHARED        names of variables that have no layer axis (`SharedConstant`)
+
+and one that attaches nothing
+
+    trained    names of the base's parameters -> those that train
 
 Variables that train are `AdapterParam`, others `AdapterConstant`; those of a stack of layers have
 a leading axis. Layers of a stack that are not adapted have a constant of 0 which makes them the
@@ -47,13 +56,16 @@ class Adapters:
 
     Attributes:
         method: its name in `peft.METHODS`.
-        config: its knobs.
+        config: its knobs, of which the last word on dropout is here.
         choice: the adapted layers with knobs of their own; {} if the method chooses none.
+        saved, biases: parameters of the base that train beside it, by name.
     """
 
     method: str
     config: Any
     choice: Choice
+    saved: frozenset[str] = frozenset()
+    biases: frozenset[str] = frozenset()
 
 
 class Tensor(NamedTuple):
@@ -73,21 +85,23 @@ class Format:
         defaults: value of each field that an adapter of ours leaves alone; another is refused.
         ignored: fields that say nothing about what the adapter computes.
         accepted: field -> values that make no difference to a trained adapter.
+        has_layers: whether there is layers_to_transform; else every target is named in full.
+        marks: fields by which it differs from other methods of the same type.
     """
 
     peft_type: str
     defaults: Mapping[str, Any]
     ignored: frozenset[str] = frozenset()
     accepted: Mapping[str, tuple] = field(default_factory=dict)
+    marks: Mapping[str, Any] = field(default_factory=dict)
+    has_layers: bool = True
 
 
-def fill_slots(
-    model: nnx.Module, choice: Choice, make: Callable[[Linear, Sequence[Any]], nnx.Module]
-) -> None:
-    """Puts `make(layer, knobs of its stack)` into the slots of the chosen layers."""
+def fill_slots(model: nnx.Module, adapters: Adapters, make: Callable[..., nnx.Module]) -> None:
+    """Puts `make(layer, knobs of its stack's layers, knobs)` into the slots of adapted layers."""
     for path, linear in linears(model):
-        if path in choice:
-            linear.adapter = nnx.data(make(linear, choice[path]))
+        if path in adapters.choice:
+            linear.adapter = nnx.data(make(linear, adapters.choice[path], adapters.config))
 
 
 def common(configs: Sequence[Any]) -> Any:
@@ -130,6 +144,12 @@ def padded(value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     array = np.zeros(shape, np.float32)
     array[tuple(slice(size) for size in value.shape)] = value
     return array
+
+
+def kaiming(rng: np.random.Generator, shape: tuple[int, ...], fan_in: int) -> np.ndarray:
+    """Uniform in +-1/sqrt(fan_in), torch's first value of a linear layer's weight; float32."""
+    bound = fan_in**-0.5
+    return rng.uniform(-bound, bound, shape).astype(np.float32)
 
 
 def layer_key(key: jax.Array, index: int, stack: tuple[int, ...]) -> SeedKey:

@@ -8,8 +8,7 @@ are float32 whatever the base's dtype; they are computed in the activations' dty
 stack that are not adapted have s = 0: they stay the base and their A and B get no gradient.
 """
 
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,19 +18,10 @@ from flax import nnx
 
 from jaxtune.models.base import TRANSPOSE
 from jaxtune.nn.linear import Linear
-from jaxtune.peft.base import (
-    Choice,
-    Format,
-    Tensor,
-    common,
-    constant,
-    dropped,
-    fill_slots,
-    layer_key,
-    padded,
-    shapes,
-    zeros,
-)
+from jaxtune.nn.params import AdapterParam
+from jaxtune.peft import base, patterns
+from jaxtune.peft.base import Format, Tensor
+from jaxtune.peft.beside import Biases, Saved
 from jaxtune.peft.targets import Targets
 
 
@@ -41,6 +31,8 @@ class Config:
 
     rank: int
     alpha: float
+    rank_pattern: tuple[str, ...] = ()
+    alpha_pattern: tuple[str, ...] = ()
     rslora: bool = False
     dropout: float = 0.0
 
@@ -50,19 +42,17 @@ class Config:
         return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
 
 
-READS = (Config, Targets)
+READS = (Config, Targets, Saved, Biases)
+configure = patterns.configure
 
 
 class LoRA(nnx.Module):
     """The adapter of one linear layer, or of a stack of them."""
 
-    def __init__(self, linear: Linear, configs: Sequence[Config | None]):
-        in_axis, out_axis = linear.axes
-        sizes = shapes(tensors, configs, *linear.kernel.get_value().shape[-2:])
-        self.dropout = common(configs).dropout
-        self.a = zeros(linear, sizes["a"], (in_axis, None))
-        self.b = zeros(linear, sizes["b"], (None, out_axis))
-        self.scale = constant(linear)
+    def __init__(self, linear: Linear, configs: Sequence[Config | None], config: Config):
+        self.dropout = config.dropout
+        self.a, self.b = pair(linear, configs)
+        self.scale = base.constant(linear)
         self.key = nnx.data(None)
 
     def __call__(self, x: jax.Array, linear: Linear) -> jax.Array:
@@ -70,45 +60,38 @@ class LoRA(nnx.Module):
         b = self.b.get_value() * self.scale.get_value()
         if self.key is None:
             return linear.adapt(x, a, b)
-        noisy = dropped(x, self.dropout, self.key)
+        noisy = base.dropped(x, self.dropout, self.key)
         return linear.project(x) + linear.low_rank(noisy, a, b)
 
     def seed(self, key: jax.Array, index: int) -> None:
         """Gives the layer its own key, if it has dropout."""
         if self.dropout:
-            self.key = layer_key(key, index, self.scale.get_value().shape)
+            self.key = base.layer_key(key, index, self.scale.get_value().shape)
 
 
-def attach(model: nnx.Module, choice: Choice) -> None:
+def pair(linear: Linear, configs: Sequence[Any]) -> tuple[AdapterParam, AdapterParam]:
+    """A [D_in, R] and B [R, D_out] for a stack of layers, R the largest rank of them."""
+    in_axis, out_axis = linear.axes
+    sizes = base.shapes(tensors, configs, *linear.kernel.get_value().shape[-2:])
+    a = base.zeros(linear, sizes["a"], (in_axis, None))
+    return a, base.zeros(linear, sizes["b"], (None, out_axis))
+
+
+def attach(model: nnx.Module, adapters: base.Adapters) -> None:
     """Puts a LoRA into the slots of the chosen layers."""
-    fill_slots(model, choice, LoRA)
+    base.fill_slots(model, adapters, LoRA)
 
 
-def trained(names: Iterable[str], config: Config) -> set[str]:
-    """None of the base's parameters."""
-    del names, config
-    return set()
-
-
-def for_layer(config: Config, name: str) -> Config:
-    """The same for all layers."""
-    del name
-    return config
-
-
-def initial(
-    leaf: str, shape: tuple[int, ...], config: Config, rng: np.random.Generator
-) -> np.ndarray:
+def initial(leaf: str, shape: tuple[int, ...], config: Any, rng: np.random.Generator) -> np.ndarray:
     """First value of `a` [D_in, R], `b` [R, D_out] or `scale` [] of one adapted layer, float32."""
     if leaf == "scale":
         return np.asarray(config.scale, np.float32)
     if leaf == "b":
         return np.zeros(shape, np.float32)
-    bound = shape[0] ** -0.5
-    return padded(rng.uniform(-bound, bound, (shape[0], config.rank)), shape)
+    return base.padded(base.kaiming(rng, (shape[0], config.rank), shape[0]), shape)
 
 
-def tensors(config: Config, d_in: int, d_out: int) -> dict[str, Tensor]:
+def tensors(config: Any, d_in: int, d_out: int) -> dict[str, Tensor]:
     """What PEFT stores of a layer."""
     return {
         "a": Tensor("lora_A.weight", (d_in, config.rank), TRANSPOSE),
@@ -127,11 +110,11 @@ PEFT = Format(
     "LORA",
     defaults={
         "alora_invocation_tokens": None,
-        "alpha_pattern": {},
         "arrow_config": None,
         "bias": "none",
         "corda_config": None,
         "ensure_weight_tying": False,
+        "exclude_modules": None,
         "eva_config": None,
         "fan_in_fan_out": False,
         "init_lora_weights": True,
@@ -146,7 +129,6 @@ PEFT = Format(
         "modules_to_save": None,
         "monteclora_config": None,
         "qalora_group_size": 16,
-        "rank_pattern": {},
         "target_parameters": None,
         "trainable_token_indices": None,
         "use_bdlora": None,
@@ -163,63 +145,24 @@ PEFT = Format(
 )
 
 
-def to_peft(config: Config, layers: Mapping[str, Config]) -> dict[str, Any]:
+def to_peft(config: Any, layers: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of adapter_config.json that say what the config says.
 
     Args:
         config: the knobs.
         layers: name in transformers -> the layer's own knobs.
     """
-    ranks = {name: own.rank for name, own in layers.items()}
-    alphas = {name: _number(own.alpha) for name, own in layers.items()}
     return {
-        "r": config.rank,
-        "rank_pattern": _pattern(ranks, config.rank),
-        "alpha_pattern": _pattern(alphas, config.alpha),
-        "lora_alpha": _number(config.alpha),
+        **patterns.to_peft(config, layers, "r", "lora_alpha"),
         "lora_dropout": config.dropout,
         "use_rslora": config.rslora,
     }
 
 
-def _number(value: float) -> int | float:
-    return int(value) if float(value).is_integer() else value
-
-
-def _pattern(values: Mapping[str, Any], usual: float) -> dict[str, Any]:
-    """Values that are not the usual one, by short names where all such layers have it."""
-    short: dict[str, set] = {}
-    for name, value in values.items():
-        short.setdefault(name.rsplit(".", 1)[-1], set()).add(value)
-    found = {}
-    for name, value in values.items():
-        last = name.rsplit(".", 1)[-1]
-        if value != usual:
-            found[last if len(short[last]) == 1 else name] = value
-    return found
-
-
-def _of_layer(fields: Mapping[str, Any], pattern: str, usual: str, name: str) -> Any:
-    """A layer's own value, as PEFT 0.21.2 (get_pattern_key) finds it, or the usual one."""
-    for key, value in (fields.get(pattern) or {}).items():
-        if re.match(rf"(.*\.)?({key})$", name):
-            return value
-    return fields.get(usual)
-
-
-def from_peft(fields: Mapping[str, Any], name: str) -> Config:
-    """The knobs of a layer by its name in transformers; "": those of no layer in particular.
-
-    Raises:
-        ValueError: r or lora_alpha is no number.
-    """
-    rank = _of_layer(fields, "rank_pattern", "r", name)
-    alpha = _of_layer(fields, "alpha_pattern", "lora_alpha", name)
-    if type(rank) is not int or rank < 1 or not isinstance(alpha, int | float):
-        raise ValueError(f"r={rank!r}, lora_alpha={alpha!r} are not numbers")
+def from_peft(fields: Mapping[str, Any]) -> Config:
+    """The knobs that `to_peft` writes; ValueError if they are no numbers."""
     return Config(
-        rank=rank,
-        alpha=float(alpha),
+        **patterns.from_peft(fields, "r", "lora_alpha"),
         rslora=bool(fields.get("use_rslora")),
         dropout=float(fields.get("lora_dropout") or 0.0),
     )

@@ -60,7 +60,8 @@ def test_only_train_steps_are_noisy_each_in_its_own_way():
     )
     mesh = make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
     run, tx = build.describe(config, mesh, open_checkpoint("tiny:llama")), optax.sgd(lambda n: 0.0)
-    values = build.fill_base(run, lambda done, total: None) | build.fill_adapter(run)
+    values = build.fill_base(run, lambda done, total: None)
+    values |= build.fill_adapter(run, values)
     frozen, trained = (
         {name: values[name] for name in part} for part in (run.frozen, run.trainable)
     )

@@ -1,9 +1,38 @@
 """What holds for every method of the table."""
 
+import zlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
 import pytest
 
-from jaxtune import peft
-from jaxtune.schema import Peft
+from jaxtune import build, peft
+from jaxtune.checkpoint.tensors import Checkpoint
+from jaxtune.data import TokenBatch
+from jaxtune.errors import ConfigError
+from jaxtune.peft import layer_names
+from jaxtune.schema import Data, Model, Peft, Quant, RunConfig
+from jaxtune.sharding.mesh import make_mesh
+from jaxtune.step import make_train_step
+from tests import oracle, tolerances
+
+ADAPTERS = [name for name in peft.METHODS if peft.is_adapter(name)]
+OPTIONS: dict[str, dict[str, Any]] = {
+    "lora": {"rank": 4, "rank_pattern": ("layers.0.attn.v_proj=2",)},
+    "dora": {"rank": 4},
+    "moslora": {"rank": 4},
+    "mora": {"rank": 2},
+    "loha": {"rank": 2},
+    "lokr": {"rank": 2, "decompose_both": True},
+    "vera": {"rank": 8},
+    "ia3": {},
+    "oft": {"block_size": 8},
+}
+ONE = {"data": 1, "fsdp": 1, "tensor": 1}
+RATE = optax.constant_schedule(0.1)
 
 
 @pytest.mark.parametrize(
@@ -11,6 +40,8 @@ from jaxtune.schema import Peft
     [
         ({"method": "full", "rank": 4}, "peft.rank=4 would be ignored: peft.method=full"),
         ({"method": "full", "adapter": "folder"}, "peft.adapter='folder' would be ignored"),
+        ({"method": "ia3", "alpha": 1.0}, "peft.alpha=1.0 would be ignored: peft.method=ia3"),
+        ({"block_size": 8}, "peft.block_size=8 would be ignored: peft.method=lora"),
         ({"adapter": "folder", "alpha": 3.0}, "peft.alpha=3.0 would be ignored: peft.adapter bri"),
         ({"adapter": "folder", "layers_to_transform": (1,)}, "layers_to_transform=(1,) would be"),
     ],
@@ -23,3 +54,139 @@ def test_options_that_a_method_does_not_read_are_named(options: dict, message: s
 @pytest.mark.parametrize("options", [{}, {"rank": 4}, {"adapter": "folder", "dropout": 0.1}])
 def test_options_that_are_read_are_no_problem(options: dict):
     assert peft.unread(Peft(**options)) == []
+
+
+@pytest.fixture(scope="module")
+def base() -> Checkpoint:
+    return oracle.checkpoint_of(oracle.hf_llama(hidden_size=128, intermediate_size=256))
+
+
+def described(
+    base: Checkpoint,
+    method: str,
+    *,
+    mesh: dict[str, int] = ONE,
+    layers: str = "scan",
+    quantized: tuple[str, ...] = (),
+    **options: Any,
+) -> build.Run:
+    config = RunConfig(
+        model=Model(layers=layers, remat="none"),
+        quant=Quant(format=quantized),
+        peft=Peft(method=method, **OPTIONS.get(method, {}) | options),
+        data=Data(train=("rows.jsonl",)),
+    )
+    devices = jax.devices()[: int(np.prod(list(mesh.values())))]
+    return build.describe(config, make_mesh(mesh, devices), base)
+
+
+def filled(run: build.Run, *, noise: float) -> dict[str, Any]:
+    """All parameters; normal noise is added to what trains, to each layer its own."""
+    values = build.fill_base(run, lambda done, total: None)
+    values |= build.fill_adapter(run, values)
+    for name in run.trainable if noise else ():
+        path, leaf = name.split(".adapter.")
+        array = np.array(values[name])
+        for index, (_, layer) in enumerate(layer_names(path, run.stacks)):
+            random = np.random.default_rng(zlib.crc32(f"{layer}.{leaf}".encode()))
+            array[index] += random.normal(0, noise, array.shape[1:])
+        values[name] = jax.device_put(array, values[name].sharding)
+    return values
+
+
+def batch() -> TokenBatch:
+    tokens = oracle.random_tokens(3, 1, 4, 16)
+    positions = np.broadcast_to(np.arange(16, dtype=np.int32), tokens.shape)
+    ones = np.ones(tokens.shape)
+    return TokenBatch(tokens, positions, ones.astype(np.int32), ones.astype(np.float32))
+
+
+@pytest.mark.parametrize("method", ADAPTERS)
+def test_a_new_adapter_is_the_base_and_all_of_it_can_learn(base: Checkpoint, method: str):
+    run = described(base, method, target_modules=("v_proj", "down_proj"))
+    values, start = filled(run, noise=0.2), filled(run, noise=0.0)
+    micro = jax.tree.map(lambda leaf: leaf[0], batch())
+
+    @jax.jit
+    def gradient(trainable: Any, frozen: Any) -> Any:
+        model = lambda learning: run.skeleton.model({**frozen, **learning})  # noqa: E731
+        return jax.value_and_grad(lambda learning: run.objective(model(learning), micro)[0])(
+            trainable
+        )
+
+    frozen = {name: values[name] for name in run.frozen}
+    plain = described(base, "full")
+    expected = plain.objective(plain.skeleton.model(filled(plain, noise=0.0)), micro)[0]
+    loss, _ = gradient({name: start[name] for name in run.trainable}, frozen)
+    assert abs(float(loss) - float(expected)) <= tolerances.LOGITS * float(expected)
+    loss, grads = gradient({name: values[name] for name in run.trainable}, frozen)
+    assert abs(float(loss) - float(expected)) > 1e-4 * float(expected)
+    for name, grad in grads.items():
+        assert np.isfinite(grad).all(), name
+        assert all(np.asarray(layer).any() for layer in grad), name
+
+
+def after_a_step(run: build.Run) -> tuple[dict[str, np.ndarray], float]:
+    """What trains after one step of plain gradient descent, by layer, and the loss; the frozen
+    parameters must keep their bytes."""
+    values = filled(run, noise=0.05)
+    tx = optax.sgd(RATE)
+    shardings = build.shardings(build.abstract_state(run, tx))
+    step = make_train_step(run.skeleton, run.objective, tx, RATE, 0, shardings)
+    frozen = {name: values[name] for name in run.frozen}
+    before = {name: [np.array(x) for x in jax.tree.leaves(v)] for name, v in frozen.items()}
+    # A step takes over the memory of what it trains.
+    trained = {name: jnp.array(values[name]) for name in run.trainable}
+    state, metrics = step(build.initial_state(run, tx, trained), frozen, run.put(batch()))
+    for name, leaves in before.items():
+        for x, y in zip(leaves, jax.tree.leaves(frozen[name]), strict=True):
+            assert x.tobytes() == np.asarray(y).tobytes(), name
+    layers = {}
+    for name, array in state.trainable.items():
+        assert (np.asarray(array) != np.asarray(values[name])).any(), name
+        path, leaf = name.split(".adapter.")
+        for (_, layer), one in zip(layer_names(path, run.stacks), np.asarray(array), strict=True):
+            layers[f"{layer}.{leaf}"] = one
+    return layers, float(metrics["loss"])
+
+
+def assert_same(found: tuple, expected: tuple, tolerance: float) -> None:
+    assert abs(found[1] - expected[1]) <= tolerance * expected[1]
+    assert set(found[0]) == set(expected[0])
+    for name, array in expected[0].items():
+        assert oracle.difference(found[0][name], array) <= tolerance, name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ADAPTERS)
+def test_layouts_and_meshes_train_alike(base: Checkpoint, method: str):
+    expected = after_a_step(described(base, method))
+    assert_same(after_a_step(described(base, method, layers="unroll")), expected, 2e-5)
+    for mesh in ({"data": 2, "fsdp": 2, "tensor": 2}, {"data": 1, "fsdp": 4, "tensor": 2}):
+        found = after_a_step(described(base, method, mesh=mesh))
+        assert_same(found, expected, tolerances.SHARDED * 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("format", ["nf4", "int8"])
+@pytest.mark.parametrize("method", ADAPTERS)
+def test_quantized_bases_train_in_all_layouts(base: Checkpoint, method: str, format: str):
+    expected = after_a_step(described(base, method, quantized=(format,)))
+    dense, _ = after_a_step(described(base, method))
+    assert any(oracle.difference(expected[0][name], dense[name]) > 1e-6 for name in dense)
+    mesh = {"data": 1, "fsdp": 2, "tensor": 2}
+    found = after_a_step(described(base, method, quantized=(format,), mesh=mesh))
+    assert_same(found, expected, tolerances.SHARDED * 2)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rank_pattern": ("c_attn=8",)}, "rank_pattern: c_attn matches no adapted layer"),
+        ({"rank_pattern": ("q_proj",)}, "'q_proj' is not of the form pattern=8"),
+        ({"alpha_pattern": ("q_proj=x",)}, "'q_proj=x' is not of the form pattern=8.0"),
+    ],
+)
+def test_patterns_that_say_nothing_are_refused(base: Checkpoint, options: dict, message: str):
+    with pytest.raises(ConfigError, match=message):
+        described(base, "dora", **options)

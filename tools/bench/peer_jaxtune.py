@@ -62,8 +62,7 @@ run = build.describe(cfg, mesh, open_checkpoint(args.model))
 schedule = optim.make_schedule(cfg.optim, args.steps)
 tx = optim.make_optimizer(cfg.optim, schedule, build.trained_axes(run))
 values = build.fill_base(run, lambda done, total: None)
-if run.adapters is not None:
-    values |= build.fill_adapter(run)
+values |= build.fill_adapter(run, values)
 state = build.initial_state(run, tx, values)
 frozen = {name: values[name] for name in run.frozen}
 del values

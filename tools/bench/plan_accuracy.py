@@ -78,7 +78,8 @@ def measure(case: str) -> dict[str, Any]:
     jax.clear_caches()
     return_freed_memory()
     before = resident("VmRSS")
-    values = build.fill_base(run, lambda done, total: None) | build.fill_adapter(run)
+    values = build.fill_base(run, lambda done, total: None)
+    values |= build.fill_adapter(run, values)
     state = build.initial_state(run, tx, values)
     frozen = {name: values[name] for name in run.frozen}
     del values

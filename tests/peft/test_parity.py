@@ -1,0 +1,137 @@
+"""Every method of the table that PEFT has, against PEFT: both ways, and merged."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxtune import peft, tree
+from jaxtune.checkpoint.adapter import first_values, load_adapter, save_adapter
+from jaxtune.checkpoint.adapter_config import CONFIG_FILE
+from jaxtune.checkpoint.hf_save import save_model
+from jaxtune.checkpoint.source import open_checkpoint
+from tests import oracle
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+# Grouped queries, biases, and heads that are not width / number of heads.
+SIZES = {"attention_bias": True, "head_dim": 12, "mlp_bias": True}
+SOME = ["q_proj", "v_proj", "down_proj"]
+DEEP = {"layers.0.self_attn.q_proj": 5, "down_proj": 2}
+
+# Our name of a method -> PEFT's class and options.
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "lora": (
+        "LoraConfig",
+        {
+            "r": 3,
+            "lora_alpha": 5,
+            "rank_pattern": DEEP,
+            "use_rslora": True,
+            "modules_to_save": ["lm_head", "embed_tokens", "input_layernorm"],
+            "bias": "lora_only",
+        },
+    ),
+    "dora": ("LoraConfig", {"r": 3, "lora_alpha": 5, "use_dora": True, "alpha_pattern": DEEP}),
+    "loha": ("LoHaConfig", {"r": 3, "alpha": 5, "rank_pattern": DEEP}),
+    "lokr": ("LoKrConfig", {"r": 2, "alpha": 5, "decompose_both": True, "decompose_factor": 4}),
+    "vera": ("VeraConfig", {"r": 6, "projection_prng_key": 3}),
+    "ia3": ("IA3Config", {"feedforward_modules": ["down_proj"]}),
+    "oft": ("OFTConfig", {"oft_block_size": 8, "r": 0, "num_cayley_neumann_terms": 6}),
+}
+MORE: list[tuple[str, str, dict[str, Any]]] = [
+    ("lora", "LoraConfig", {"r": 3, "target_modules": "all-linear", "layers_to_transform": [1]}),
+    ("lora", "LoraConfig", {"r": 3, "bias": "all", "modules_to_save": ["model.norm"]}),
+    ("ia3", "IA3Config", {"feedforward_modules": [], "modules_to_save": ["lm_head"]}),
+    ("lokr", "LoKrConfig", {"r": 64, "alpha": 5}),
+    ("vera", "VeraConfig", {"r": 6, "target_modules": "all-linear", "save_projection": False}),
+    ("ia3", "IA3Config", {"feedforward_modules": [], "target_modules": ["k_proj", "up_proj"]}),
+    ("oft", "OFTConfig", {"oft_block_size": 16, "r": 0, "use_cayley_neumann": False}),
+    ("dora", "LoraConfig", {"r": 3, "use_dora": True, "layers_to_transform": [1]}),
+]
+
+
+def their_model(hf: Any, name: str, options: dict[str, Any]) -> Any:
+    """A copy of the torch model with PEFT's adapter, every part of it random."""
+    import peft as theirs
+    import torch
+
+    config = getattr(theirs, name)(**{"target_modules": SOME, "task_type": "CAUSAL_LM", **options})
+    torch.manual_seed(1)
+    model = theirs.get_peft_model(copy.deepcopy(hf), config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+    return model.eval()
+
+
+def our_logits(loaded: oracle.Loaded, adapter: Any, tokens: np.ndarray) -> np.ndarray:
+    abstract = loaded.skeleton.abstract()
+
+    def build() -> nnx.Module:
+        model = loaded.skeleton.model(abstract)
+        peft.attach(model, adapter.adapters)
+        return model
+
+    skeleton = tree.describe(build)
+    shapes = skeleton.abstract()
+    names = (set(shapes) - set(abstract)) | set(adapter.params)
+    rest = {name: shapes[name] for name in names}
+    values = first_values(
+        rest, adapter.adapters, loaded.stacks, loaded.params, stored=adapter.params, seed=0
+    )
+    model = skeleton.model(loaded.params | values)
+    positions = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
+    return np.asarray(model.logits(model.hidden(tokens, positions, None)[0]))
+
+
+def check(method: str, name: str, options: dict[str, Any], layers: str, tmp_path: Path) -> None:
+    import peft as theirs
+
+    hf = oracle.hf_llama(**SIZES)
+    model = their_model(hf, name, options)
+    model.save_pretrained(tmp_path / "theirs")
+    tokens = oracle.random_tokens(0, 2, 9)
+    expected = oracle.hf_logits(model, tokens)
+    assert oracle.difference(expected, oracle.hf_logits(hf, tokens)) > 0.1
+
+    checkpoint = oracle.checkpoint_of(hf)
+    loaded = oracle.load(checkpoint, layers=layers)
+    shapes = loaded.skeleton.abstract()
+    place = (shapes, loaded.weights, loaded.stacks)
+    adapter = load_adapter(tmp_path / "theirs", *place, base="random")
+    assert adapter.adapters.method == method
+    assert oracle.difference(our_logits(loaded, adapter, tokens), expected) <= 1e-5
+
+    save_adapter(tmp_path / "ours", adapter.params, adapter.adapters, *place, base="random")
+    back = theirs.PeftModel.from_pretrained(copy.deepcopy(hf), tmp_path / "ours").eval()
+    assert oracle.difference(oracle.hf_logits(back, tokens), expected) <= 1e-5
+    written = json.loads((tmp_path / "ours" / CONFIG_FILE).read_text())
+    assert set(written) == set(json.loads((tmp_path / "theirs" / CONFIG_FILE).read_text()))
+
+    merged = model.merge_and_unload().state_dict()
+    arguments = (adapter.params, checkpoint, *place[1:])
+    save_model(tmp_path / "merged", *arguments, adapters=adapter.adapters)
+    ours = open_checkpoint(str(tmp_path / "merged"))
+    assert set(ours.tensors) == set(checkpoint.tensors)
+    for key in ours.tensors:
+        assert oracle.difference(ours.read(key), merged[key].numpy()) <= 1e-5, key
+
+
+@pytest.mark.parametrize("method", CASES)
+def test_peft_computes_the_same(method: str, tmp_path: Path):
+    check(method, *CASES[method], "scan", tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layers", ["scan", "unroll"])
+@pytest.mark.parametrize(("method", "name", "options"), MORE)
+def test_peft_computes_the_same_with_other_options(
+    method: str, name: str, options: dict, layers: str, tmp_path: Path
+):
+    check(method, name, options, layers, tmp_path)
