@@ -21,19 +21,7 @@ def contradictions(config: RunConfig) -> list[str]:
     if c.peft.method == "full" and c.quant.format:
         problems.append("config.quant.format needs an adapter: peft.method=full trains the weights")
     problems += _bad_formats(c.quant)
-    if c.peft.method == "vera" and c.mesh.stage > 1:
-        problems.append(
-            "config.peft.method=vera has matrices that all layers share, which mesh.stage does "
-            "not carry - use other axes"
-        )
-    if 0 < c.peft.cayley_terms < 4:
-        problems.append(
-            f"config.peft.cayley_terms={c.peft.cayley_terms} rotates too coarsely - use 0 or >= 4"
-        )
-    if c.peft.decompose_factor == 0:
-        problems.append("config.peft.decompose_factor=0: must be -1 or >= 1")
-    if not c.peft.target_modules:
-        problems.append("config.peft.target_modules is empty - e.g. all-linear")
+    problems += _bad_peft(c)
     if c.checkpoint.resume not in ("auto", "never") and not c.checkpoint.resume.isdecimal():
         problems.append(
             f"config.checkpoint.resume={c.checkpoint.resume!r}: must be auto, never or a step"
@@ -89,6 +77,30 @@ def contradictions(config: RunConfig) -> list[str]:
     problems += [f"config.mesh.{name}=0: must be -1 or >= 1" for name, n in axes.items() if n == 0]
     if list(axes.values()).count(-1) > 1:
         problems.append("config.mesh: only one axis may be -1")
+    return problems
+
+
+def _bad_peft(c: RunConfig) -> list[str]:
+    """Options of peft that contradict each other or the devices'."""
+    problems = []
+    if c.peft.method == "dora" and c.model.offload_frozen:
+        problems.append(
+            "config.peft.method=dora starts from the norms of weights, which model.offload_frozen "
+            "keeps off the device - choose one of the two"
+        )
+    if c.peft.method == "vera" and c.mesh.stage > 1:
+        problems.append(
+            "config.peft.method=vera has matrices that all layers share, which mesh.stage does "
+            "not carry - use other axes"
+        )
+    if 0 < c.peft.cayley_terms < 4:
+        problems.append(
+            f"config.peft.cayley_terms={c.peft.cayley_terms} rotates too coarsely - use 0 or >= 4"
+        )
+    if c.peft.decompose_factor == 0:
+        problems.append("config.peft.decompose_factor=0: must be -1 or >= 1")
+    if not c.peft.target_modules:
+        problems.append("config.peft.target_modules is empty - e.g. all-linear")
     return problems
 
 

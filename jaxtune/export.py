@@ -81,7 +81,7 @@ def export(
             source, template=cfg.data.template, enable_thinking=cfg.data.enable_thinking
         )
         if build.quantized_kernels(run) and cfg.checkpoint.merge_base == "dequantized":
-            params |= build.fill_base(run, every_few_seconds("loading weights"))
+            params = build.fill_base(run, every_few_seconds("loading weights")) | params
         write_merged(
             run,
             params,
