@@ -70,6 +70,8 @@ def contradictions(config: RunConfig) -> list[str]:
     for name in ("weights", "repeats", "max_samples"):
         if any(value <= 0 for value in getattr(c.data, name)):
             problems.append(f"config.data.{name}={getattr(c.data, name)}: must be above 0")
+    if c.data.max_source_len is not None and c.data.max_source_len >= c.data.max_seq_len:
+        problems.append("config.data.max_source_len must be below max_seq_len - answers need room")
     if c.data.template == "none" and c.data.enable_thinking is not None:
         problems.append("config.data.enable_thinking needs a chat template - unset data.template")
     problems += _unread(c)
@@ -129,6 +131,7 @@ def _bad_formats(quant: Quant) -> list[str]:
 def _unread(c: RunConfig) -> list[str]:
     """Fields that were set although another field makes sure that nobody reads them."""
     formats = {item.partition("=")[0] for item in c.quant.format}
+    cuts_source = c.data.overlong in ("truncate_source", "last_rounds")
     only_muon = c.optim.name == "muon" and c.peft.method == "lora"
     no_projection = c.optim.name not in PROJECTED
     no_b = f"peft.method={c.peft.method} has no A and B"
@@ -143,6 +146,7 @@ def _unread(c: RunConfig) -> list[str]:
         (not c.data.streaming, "data", ("shuffle_units",), "needs data.streaming=true"),
         (c.data.on_bad_row == "error", "data", ("max_bad_fraction",), "needs on_bad_row=skip"),
         (c.data.mix == "concatenate", "data", ("weights",), "data.mix=concatenate; see repeats"),
+        (not cuts_source, "data", ("max_source_len",), "data.overlong does not cut prompts"),
         (c.data.streaming, "data", ("mix", "repeats", "max_samples"), "data.streaming reads all"),
         (c.train.num_steps is not None, "train", ("num_epochs",), "train.num_steps decides"),
         (c.optim.schedule == "constant", "optim", ("min_lr_ratio",), "optim.schedule is constant"),

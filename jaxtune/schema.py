@@ -290,8 +290,19 @@ class Data:
     )
     overlong: str = _field(
         "truncate_right",
-        "examples longer than max_seq_len; each case is counted and reported",
-        choices=("truncate_right", "truncate_left", "drop", "error"),
+        "examples longer than max_seq_len: truncate_right, truncate_left, drop, error, split (into "
+        "rows), last_rounds (the last whole rounds behind the system text), truncate_source (the "
+        "end of the prompt, the beginning of the answer); each case is counted and reported",
+        choices=(
+            *("truncate_right", "truncate_left", "drop", "error"),
+            *("split", "last_rounds", "truncate_source"),
+        ),
+    )
+    max_source_len: int | None = _field(
+        None,
+        "tokens that a prompt keeps with overlong=truncate_source, and a question that does not "
+        "fit with last_rounds; default: half of max_seq_len",
+        low=1,
     )
     on_bad_row: str = _field(
         "error", "a row that breaks its schema: stop, or count and skip", choices=("error", "skip")
@@ -320,6 +331,11 @@ class Data:
         0, "processes that tokenize files of more than 8192 rows; 0: one for each core", low=0
     )
     allow_change: bool = _field(False, "resume although the training data differ from the run's")
+
+    @property
+    def source_limit(self) -> int:
+        """Tokens that a prompt keeps where it is cut."""
+        return self.max_source_len or self.max_seq_len // 2
 
     @property
     def cuts_examples(self) -> bool:

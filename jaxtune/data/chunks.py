@@ -7,6 +7,7 @@ import numpy as np
 
 from jaxtune.data.batch import TokenRow
 from jaxtune.data.examples import Example
+from jaxtune.data.lengths import fit
 from jaxtune.data.rows import BadRow, RowError
 from jaxtune.data.table import FLAG, TOKEN, Chunk
 from jaxtune.data.tokenize import Chat, rows_of
@@ -33,15 +34,14 @@ def make_chunk(records: Sequence[Example | BadRow], chat: Chat, cfg: Data) -> Ch
             count["bad"] = 1
             bad.append(str(example))
             continue
-        count["split"] = len(made) - 1
-        fitted = [_fit(row, cfg, count) for row in made]
+        count["split"] = max(len(made) - 1, 0)
+        fitted = fit(example, made, chat, cfg, count)
         if cfg.overlong == "error":
             lengths = (len(row.tokens) for row in made)
             overlong += [f"{example.origin}: {n} tokens" for n in lengths if n > cfg.max_seq_len]
-        has_answer = any(m.content.strip() for m in example.messages if m.role == "assistant")
-        usable = [row for row in fitted if row and has_answer and row.trained.any()]
-        count["untrained"] = sum(row is not None for row in fitted) - len(usable)
-        count["unended"] = int(has_answer and not chat.is_ended(made[-1]))
+        usable = [row for row in fitted if example.has_answer and row.trained.any()]
+        count["untrained"] = len(fitted) - len(usable) if made else 1
+        count["unended"] = int(bool(usable) and not chat.is_ended(made[-1]))
         rows += usable
         owners += [owner] * len(usable)
     return Chunk(
@@ -106,22 +106,6 @@ def _tokenized(
             yield BadRow(record.origin, made.field, made.reason), []
         elif not isinstance(made, RowError):
             yield record, made
-
-
-def _fit(row: TokenRow, cfg: Data, counts: dict[str, int]) -> TokenRow | None:
-    """Applies `overlong` to one row; None where the row is dropped."""
-    limit = cfg.max_seq_len
-    if len(row.tokens) <= limit or cfg.cuts_examples:
-        return row
-    if cfg.overlong in ("drop", "error"):
-        counts["dropped"] += 1
-        return None
-    counts["truncated"] += 1
-    if cfg.overlong == "truncate_right":
-        return TokenRow(row.tokens[:limit], row.trained[:limit])
-    trained = row.trained[-limit:].copy()
-    trained[0] = False  # its context is gone
-    return TokenRow(row.tokens[-limit:], trained)
 
 
 def _check_bad(bad: Sequence[str], records: int, cfg: Data) -> None:

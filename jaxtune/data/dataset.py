@@ -75,7 +75,7 @@ class Stats:
             "truncated": self.truncated,
             "too long, dropped": self.dropped,
             "without anything to learn, dropped": self.untrained,
-            "added by splitting conversations into turns": self.split,
+            "added by splitting": self.split,
             "without an end-of-turn token": self.unended,
         }
         text = "; ".join([text, *(f"{count} {what}" for what, count in notes.items() if count)])

@@ -57,6 +57,12 @@ class Example:
     tools: tuple[dict[str, Any], ...] = ()
     raw: bool = False
 
+    @property
+    def has_answer(self) -> bool:
+        """Whether an answer says or calls something."""
+        answers = (message for message in self.messages if message.role == "assistant")
+        return any(answer.content.strip() or answer.tool_calls for answer in answers)
+
 
 @dataclass(frozen=True, slots=True)
 class Preference:

@@ -179,8 +179,9 @@ class Chat:
         return np.array(ids, np.int32), np.array(offsets, np.int32).reshape(-1, 2)
 
     def is_ended(self, row: TokenRow) -> bool:
-        """Whether the last learnt token is one that ends an answer."""
-        return int(row.tokens[row.trained][-1]) in self.special_ids.values()
+        """Whether the last learnt token is one that ends an answer (or there is none)."""
+        learnt = row.tokens[row.trained]
+        return not len(learnt) or int(learnt[-1]) in self.special_ids.values()
 
 
 def chat_of(tokenizer: "PreTrainedTokenizerFast") -> Chat:
