@@ -14,7 +14,7 @@ import functools
 import json
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -98,6 +98,12 @@ def _replace(text: str, old: str, new: str, count: int | None = None) -> str:
     return str(text).replace(str(old), str(new), -1 if count is None else count)
 
 
+def _join(parts: Iterable[Any], separator: str = "", attribute: str | int | None = None) -> str:
+    texts = [part if attribute is None else part[attribute] for part in parts]
+    _check_method(separator, "join", (texts,))
+    return separator.join(map(str, texts))
+
+
 def _concatenate(*parts: Any) -> str:
     texts = [str(part) for part in parts]
     _check_size(sum(map(len, texts)))
@@ -133,7 +139,7 @@ def _environment() -> _Environment:
     # Filters that pad, or that nobody needs for a chat, are gone.
     for name in ("center", "format", "urlize", "wordwrap", "xmlattr", "filesizeformat", "random"):
         del made.filters[name]
-    made.filters |= {"tojson": _to_json, "replace": _replace}
+    made.filters |= {"tojson": _to_json, "replace": _replace, "join": _join}
     made.globals |= {
         "raise_exception": _refuse,
         "strftime_now": TODAY.strftime,

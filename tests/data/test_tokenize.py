@@ -27,6 +27,13 @@ FORGETFUL = (
 )
 
 
+# A text that grows with every turn of a loop.
+GROWS = (
+    "{% set n = namespace(x='aa') %}{% for i in range(1000) %}{% set x = n.x %}"
+    "{% set n.x = GROW %}{% endfor %}{{ n.x }}"
+)
+
+
 def conversation(*turns):
     return Example(tuple(Message(ROLES[turn[0]], turn[1:]) for turn in turns), "f:1")
 
@@ -163,7 +170,6 @@ def test_a_tokenizer_that_adds_bos_gets_it_once(tmp_path):
 @pytest.mark.parametrize(
     ("jinja", "reason"),
     [
-        (None, "has no chat template - set data.template to one of chatml, "),
         ("{% for m in messages %}{{ m.contnt }}{% endfor %}", "drops or changes the user text"),
         (
             "{% for m in messages %}{{ m.role }} {{ m.content if m.role == 'user' }}{% endfor %}",
@@ -172,13 +178,36 @@ def test_a_tokenizer_that_adds_bos_gets_it_once(tmp_path):
         ("{{ raise_exception('never') }}", "refuses it: never"),
         ("{% for m in messages %", "cannot be used"),
         (MARKERS.replace("'assistant'", "'model'", 1), "marks nothing to learn"),
-        ("{{ 'a' * 1000000000000 }}", "cannot be used"),
+        ("{{ 'a' * 1000000000000 }}", "makes a text of more than"),
+        ("{{ 'a'.ljust(1000000000) }}", "makes a text of more than"),
+        ("{{ '%1000000000d' % 1 }}", "makes a text of more than"),
+        ("{{ '{:1000000000}'.format(1) }}", "makes a text of more than"),
+        ("{{ 10 ** 1000000 }}", "computes with numbers above"),
+        ("{{ range(100) | tojson(indent=10000000) }}", "cannot be used"),
+        (GROWS.replace("GROW", "x ~ x"), "makes a text of more than"),
+        (GROWS.replace("GROW", "x + x"), "makes a text of more than"),
+        (GROWS.replace("GROW", "x.replace('a', x)"), "makes a text of more than"),
+        (GROWS.replace("GROW", "x | replace('a', x)"), "makes a text of more than"),
+        (GROWS.replace("GROW", "x.join([x, x, x])"), "makes a text of more than"),
+        (GROWS.replace("GROW", "[x, x, x] | join"), "makes a text of more than"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
+        ("{{ messages.__class__ }}", "cannot be used"),
     ],
 )
 def test_a_template_that_cannot_work_is_refused_at_the_start(jinja, reason):
     with pytest.raises(ConfigError, match="(?s)" + reason) as caught:
         chat_of(with_template(jinja))
     assert caught.value.exit_code == 2 and "data.template" in str(caught.value)
+
+
+def test_conversations_need_a_template():
+    tokenizer = with_template(None)
+    example = conversation("uq", "aa")
+    with pytest.raises(ConfigError, match="no chat template - set data.template to one of chatml"):
+        rows_of(chat_of(tokenizer), [example], "answers")
+    with pytest.raises(ConfigError, match="no chat template"):
+        prompt_ids(tokenizer, example.messages[:1])
+    assert prompt_ids(tokenizer, example.messages[:1], raw=True).tolist() == tokenizer.encode("q")
 
 
 def test_a_template_that_never_ends_is_given_up(monkeypatch):
