@@ -210,6 +210,19 @@ def test_conversations_need_a_template():
     assert prompt_ids(tokenizer, example.messages[:1], raw=True).tolist() == tokenizer.encode("q")
 
 
+def test_end_of_turn_tokens_that_are_also_padding_or_missing():
+    example = Example((Message("user", "q"), Message("assistant", "a")), raw=True)
+    tokenizer = load_tokenizer("tiny:llama")
+    tokenizer.pad_token = tokenizer.eos_token
+    assert learnt(tokenizer, example)[0] == ("qa<|im_end|>", ["a<|im_end|>"])
+    assert learnt(tokenizer, conversation("uq", "aa"))[0][1] == ["a<|im_end|>"]
+    tokenizer = load_tokenizer("tiny:llama")
+    tokenizer.eos_token = tokenizer.pad_token = None
+    assert learnt(tokenizer, example)[0] == ("qa", ["a"])
+    (row,) = rows_of(chat_of(tokenizer), [example], "answers")[0]
+    assert not chat_of(tokenizer).is_ended(row)  # and counted in Stats.unended
+
+
 def test_a_template_that_never_ends_is_given_up(monkeypatch):
     monkeypatch.setattr("jaxtune.data.rendering.MAX_SECONDS", 0.2)
     loops = "{% for i in range(9999) %}{% for j in range(300) %}{% endfor %}{% endfor %}"
