@@ -97,17 +97,13 @@ def files_in(folder: Path, split: str) -> tuple[Path, ...]:
 
 
 def _is_data(path: Path, folder: Path) -> bool:
+    """Whether a file of a folder holds rows: neither hidden nor about the data."""
     inside = path.relative_to(folder)
-    hidden = any(part.startswith((".", "_")) for part in inside.parts)
-    suffixes = [suffix.lower() for suffix in path.suffixes if suffix.lower() != ".gz"]
-    is_about = path.name.lower() in ("readme.md", "license.txt", "dataset_info.json", "state.json")
-    return (
-        path.is_file()
-        and not hidden
-        and not is_about
-        and suffixes[-1:] > []
-        and (suffixes[-1] in SUFFIXES)
-    )
+    is_hidden = any(part.startswith((".", "_")) for part in inside.parts)
+    is_about = path.name.lower() in ("readme.md", "license.txt", "dataset_info.json")
+    suffixes = [suffix for suffix in path.suffixes if suffix != ".gz"]
+    is_kind = bool(suffixes) and suffixes[-1].lower() in SUFFIXES
+    return path.is_file() and is_kind and not is_hidden and not is_about
 
 
 def _split_of(inside: Path) -> str:

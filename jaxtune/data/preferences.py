@@ -115,8 +115,8 @@ def rated(fields: dict[str, Any]) -> Rated:
     """A conversation in any layout, and kto_tag or label: whether its last answer is good."""
     name = first_of(fields, LABELS)
     good = label_of(fields.get(name), name)
-    convert = next(convert for key, convert in CONVERSATIONS.items() if key in fields)
-    example = convert(fields)
+    layout = first_of(fields, tuple(CONVERSATIONS))
+    example = CONVERSATIONS[layout](fields)
     return Rated(example.messages, good, tools=example.tools, raw=example.raw)
 
 
