@@ -80,3 +80,14 @@ def test_bytes_of_a_parameter():
         )
         size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(q))
         assert size / math.prod(shape) <= limit
+
+
+@pytest.mark.parametrize("options", [{"format": "int8"}, {"format": "nf4", "double_quant": True}])
+def test_columns_of_a_kernel(options: dict):
+    kernel = jnp.asarray(np.random.default_rng(0).normal(size=(128, 12)), jnp.float32)
+    q = quant.quantize(kernel, **options)
+    columns = np.array([7, 2, 11, 0])
+    part = quant.take_columns(q, columns)
+    expected = quant.dequantize(q, jnp.float32)[:, columns]
+    np.testing.assert_array_equal(quant.dequantize(part, jnp.float32), expected)
+    assert quant.take_columns(q, None) is q
