@@ -36,6 +36,12 @@ def resolve_policy(config: RunConfig, model_config: Any, mesh: Mesh) -> Policy:
             f"config.mesh.expert={shards}: the model has {experts or 'no'} experts to share out - "
             "use mesh.fsdp or mesh.data, or a number that divides them"
         )
+    length = config.data.max_seq_len
+    if model_config.position_rows and length > model_config.max_positions:
+        raise ConfigError(
+            f"config.data.max_seq_len={length}: the model has learned {model_config.max_positions} "
+            "positions - use as many or fewer"
+        )
     for name in ("attention", "matmul", "cross_entropy"):
         needed = _PLATFORMS.get(getattr(model, name), platform)
         if needed != platform:

@@ -15,26 +15,29 @@ from jaxtune.models.tables import concatenated, fused, qkv
 from jaxtune.nn.alibi import alibi_slopes
 from jaxtune.nn.params import Policy
 
-TINY = {name: value for name, value in llama_layout.TINY.items() if name[:7] != "num_key"} | {
+TINY = llama_layout.TINY | {
     "architectures": ["BaichuanForCausalLM"],
     "model_type": "baichuan",
+    "num_key_value_heads": 4,
     "z_loss_weight": 0,
 }
 
 
 def _sized(shape: tuple[int, ...], vocab: int, **fields: Any) -> dict[str, Any]:
-    named = TINY | dict(zip(llama_layout.SHAPE, shape, strict=True))
-    named |= {"vocab_size": vocab, "rms_norm_eps": 1e-6} | fields
+    *_, heads = shape
+    common = {"vocab_size": vocab, "rms_norm_eps": 1e-6}
+    named = llama_layout.sized(TINY, (*shape, heads), **common, **fields)
     return {name: value for name, value in named.items() if value is not None}
 
 
+_WIDTH_13B, _VOCABULARY_2 = 5120, 125696
 # Of 13B config.json gives model_max_length alone.
 _13B: dict[str, Any] = {"model_max_length": 4096, "max_position_embeddings": None}
 SIZES = {
     "7b": _sized((4096, 11008, 32, 32), 64000, z_loss_weight=None, max_position_embeddings=4096),
-    "13b": _sized((5120, 13696, 40, 40), 64000, z_loss_weight=None, **_13B),
-    "2-7b": _sized((4096, 11008, 32, 32), 125696, max_position_embeddings=4096),
-    "2-13b": _sized((5120, 13696, 40, 40), 125696, **_13B),
+    "13b": _sized((_WIDTH_13B, 13696, 40, 40), 64000, z_loss_weight=None, **_13B),
+    "2-7b": _sized((4096, 11008, 32, 32), _VOCABULARY_2, max_position_embeddings=4096),
+    "2-13b": _sized((_WIDTH_13B, 13696, 40, 40), _VOCABULARY_2, **_13B),
 }
 
 
@@ -52,17 +55,18 @@ class Config(DecoderConfig):
     def from_hf(cls, hf: Mapping[str, Any]) -> "Config":
         """Reads config.json.
 
-        The versions have one model_type: only those with rotation name max_position_embeddings,
-        and only those of Baichuan 2 z_loss_weight.
+        All versions have one model_type. 13B is known by its width or, as its config.json says
+        nothing of positions but model_max_length, by that; Baichuan 2 by its vocabulary, which
+        may have been enlarged, or by z_loss_weight.
         """
         changes: dict[str, Any] = {}
-        if "max_position_embeddings" not in hf:
+        if hf["hidden_size"] == _WIDTH_13B or "max_position_embeddings" not in hf:
             changes["max_positions"] = hf["model_max_length"]
             changes["alibi"] = alibi_slopes(hf["num_attention_heads"])
             changes["layer_kinds"] = llama_layout.layer_kinds(hf, None)
         return cls(
-            normalized_head="z_loss_weight" in hf,
-            **llama_layout.fields({**hf, "num_key_value_heads": None}, **changes),
+            normalized_head=hf["vocab_size"] >= _VOCABULARY_2 or "z_loss_weight" in hf,
+            **llama_layout.fields(hf, **changes),
         )
 
 

@@ -31,7 +31,7 @@ from jaxtune.models.decoder import Decoder, DecoderConfig
 from jaxtune.nn.params import Policy
 from jaxtune.objectives.sft import sft
 from jaxtune.policy import resolve_policy
-from jaxtune.schema import Model, Peft, RunConfig
+from jaxtune.schema import Data, Model, Peft, RunConfig
 from jaxtune.sharding import rules
 from jaxtune.sharding.mesh import make_mesh
 from tests import oracle, tolerances
@@ -292,6 +292,13 @@ def test_files_without_the_prefix_of_the_model(name: str, tmp_path: Path):
     write_folder(tmp_path, infos, lambda key: tiny.read(short[key]))
     (tmp_path / "config.json").write_text(json.dumps(tiny.config))
     assert open_checkpoint(str(tmp_path)).tensors == tiny.tensors
+
+
+def test_rows_longer_than_learned_positions_are_refused():
+    config = dataclasses.replace(RunConfig(), data=Data(max_seq_len=1024))
+    model_config = models.read_config(models.family("gpt2").TINY, "tiny:gpt2")[1]
+    with pytest.raises(ConfigError, match="max_seq_len=1024: the model has learned 512"):
+        resolve_policy(config, model_config, make_mesh({"data": 1}, jax.devices()[:1]))
 
 
 def test_windows_that_do_not_repeat_within_a_stage_are_refused():
