@@ -153,10 +153,10 @@ def edit_weights(folder: Path, change: Callable[[dict], None]) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"peft_type": "LOKR"}, "peft_type 'LOKR' is not supported"),
-        ({"use_dora": True}, "use_dora=true"),
-        ({"bias": "all"}, 'bias="all"'),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save="),
+        ({"peft_type": "POLY"}, "peft_type 'POLY' is not supported"),
+        ({"use_dora": True}, "missing: .*lora_magnitude_vector"),
+        ({"bias": "some"}, 'bias="some"'),
+        ({"modules_to_save": ["lm_head"]}, "missing: base_model.model.lm_head.weight"),
         ({"lora_use_mixer": True}, "lora_use_mixer=true"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights="),
         ({"r": 8}, "wrong shape"),
