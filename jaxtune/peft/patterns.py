@@ -91,9 +91,9 @@ def from_peft(fields: Mapping[str, Any], rank: str, alpha: str) -> dict[str, Any
     ranks = [fields.get(rank), *(fields.get("rank_pattern") or {}).values()]
     alphas = [fields.get(alpha), *(fields.get("alpha_pattern") or {}).values()]
     if not all(type(r) is int and r >= 1 for r in ranks):
-        raise ValueError(f"{rank}={fields.get(rank)!r} and rank_pattern are not all numbers")
+        raise ValueError(f"{rank}={fields.get(rank)!r} and rank_pattern are not numbers")
     if not all(isinstance(a, int | float) for a in alphas):
-        raise ValueError(f"{alpha}={fields.get(alpha)!r} and alpha_pattern are not all numbers")
+        raise ValueError(f"{alpha}={fields.get(alpha)!r} and alpha_pattern are not numbers")
     patterns = {
         field: tuple(f"{key}={value}" for key, value in (fields.get(field) or {}).items())
         for field in ("rank_pattern", "alpha_pattern")
