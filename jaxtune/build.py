@@ -23,6 +23,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtune import models, objectives, peft, tree
 from jaxtune.checkpoint import hf
 from jaxtune.checkpoint.adapter import Adapter, first_values, load_adapter
+from jaxtune.checkpoint.expand import expanded
 from jaxtune.checkpoint.fused import require_supported
 from jaxtune.checkpoint.tensors import Checkpoint
 from jaxtune.distributed import batch_to_device, held_rows, to_device
@@ -144,6 +145,26 @@ def describe(config: RunConfig, mesh: Mesh, checkpoint: Checkpoint) -> Run:
     """
     if problems := peft.unread(config.peft):
         raise ConfigError("; ".join(problems))
+    return _describe(config, mesh, _deeper(config.peft, checkpoint))
+
+
+def _deeper(config: Peft, checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with the layers that the method adds."""
+    family, model_config = models.read_config(checkpoint.config, checkpoint.name)
+    origins = peft.origins(config, model_config.num_layers)
+    if not origins:
+        return checkpoint
+    deeper = expanded(checkpoint, family.weights(model_config), origins)
+    kinds = models.read_config(deeper.config, checkpoint.name)[1].layer_kinds
+    if kinds and list(kinds) != [model_config.layer_kinds[layer] for layer, _ in origins]:
+        raise ConfigError(
+            f"config.peft.method={config.method}: what the layers of {checkpoint.name} do follows "
+            "from their number, so new ones would change the others - use another method"
+        )
+    return deeper
+
+
+def _describe(config: RunConfig, mesh: Mesh, checkpoint: Checkpoint) -> Run:
     if config.optim.offload:
         require_host_memory(mesh, "optim.offload")
     family, model_config = models.read_config(checkpoint.config, checkpoint.name)
@@ -159,7 +180,9 @@ def describe(config: RunConfig, mesh: Mesh, checkpoint: Checkpoint) -> Run:
         quantized.put(model, kernels)
         return model
 
-    kernels = _quantized_kernels(config, checkpoint, weights, tree.describe(build_dense), stacks)
+    dense = tree.describe(build_dense)
+    whole = peft.trained(dense.variables, config.peft, stacks)
+    kernels = _quantized_kernels(config, checkpoint, weights, dense, stacks, whole)
 
     base = tree.describe(build_base)
     imported, adapters = _adapters(config.peft, base, checkpoint, weights, stacks)
@@ -181,7 +204,8 @@ def describe(config: RunConfig, mesh: Mesh, checkpoint: Checkpoint) -> Run:
     )
     if policy.chunks > 1:
         _require_equal_chunks(shapes, policy.chunks)
-    learning = skeleton.select(AdapterParam) | peft.trained(base.variables, config.peft, adapters)
+    beside = {*adapters.saved, *adapters.biases} if adapters is not None else set()
+    learning = skeleton.select(AdapterParam) | whole | beside
     if coded := sorted(name for name in learning if isinstance(shapes[name], QArray)):
         raise ConfigError(
             f"config.peft.method={config.peft.method} cannot train the quantized {coded[0]} - "
@@ -230,7 +254,7 @@ def _require_equal_chunks(shapes: Params, chunks: int) -> None:
 def with_remat(run: Run, remat: str) -> Run:
     """The same run with another policy of recomputation."""
     model = dataclasses.replace(run.config.model, remat=remat)
-    return describe(dataclasses.replace(run.config, model=model), run.mesh, run.checkpoint)
+    return _describe(dataclasses.replace(run.config, model=model), run.mesh, run.checkpoint)
 
 
 def _quantized_kernels(
@@ -239,8 +263,9 @@ def _quantized_kernels(
     weights: Sequence[Weight],
     dense: Skeleton,
     stacks: tuple[int, ...],
+    trained: set[str],
 ) -> quantized.Kernels:
-    """The kernels that stay quantized: those of the files, or as the config says."""
+    """The frozen kernels that are quantized: those of the files, or as the config says."""
     shapes = dense.abstract()
     kernels = hf.quantized_kernels(checkpoint, weights, shapes, stacks)
     if kernels and config.quant.format:
@@ -248,12 +273,23 @@ def _quantized_kernels(
             f"config.quant.format={','.join(config.quant.format)}: {checkpoint.name} is quantized "
             "already - leave quant.format empty, or take the dense model"
         )
-    kernels |= quantized.choose(
+    if coded := sorted(kernels.keys() & trained):
+        raise ConfigError(
+            f"config.peft.method={config.peft.method} cannot train the quantized {coded[0]} of "
+            f"{checkpoint.name} - use peft.method=lora, or take the dense model"
+        )
+    chosen = quantized.choose(
         dense.model(shapes),
         config.quant.format,
         block_size=config.quant.block_size,
         double_quant=config.quant.double_quant,
     )
+    kernels |= {name: kernel for name, kernel in chosen.items() if name not in trained}
+    if chosen and not kernels:
+        raise ConfigError(
+            f"config.quant.format: peft.method={config.peft.method} trains all layers that it "
+            "names, and quantized ones cannot be trained"
+        )
     if not kernels and config.checkpoint.merge_base != "dequantized":
         raise ConfigError(
             "config.checkpoint.merge_base would be ignored: the base is not quantized"

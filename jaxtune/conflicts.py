@@ -6,7 +6,7 @@ from jaxtune.errors import nearest
 from jaxtune.schema import FETCHING, QUANT_FORMATS, Quant, RunConfig
 
 # Methods that train the model's own weights.
-WHOLE = ("full",)
+WHOLE = ("full", "freeze", "bitfit", "llama_pro")
 # Optimizers that see kernels at a low rank.
 PROJECTED = ("galore", "galore8bit", "apollo", "apollo_mini")
 
@@ -134,10 +134,11 @@ def _unread(c: RunConfig) -> list[str]:
     cuts_source = c.data.overlong in ("truncate_source", "last_rounds")
     only_muon = c.optim.name == "muon" and c.peft.method == "lora"
     no_projection = c.optim.name not in PROJECTED
+    whole = f"peft.method={c.peft.method} trains weights of the model"
     no_b = f"peft.method={c.peft.method} has no A and B"
     projection = ("projection_rank", "projection_gap", "projection_scale")
     rules = (
-        (c.peft.method == "full", "model", ("offload_frozen",), "peft.method=full trains all"),
+        (c.peft.method in WHOLE, "model", ("offload_frozen",), whole),
         (formats <= {"int8"}, "quant", ("block_size",), "no format of quant.format has blocks"),
         (not formats & {"nf4", "fp4"}, "quant", ("double_quant",), "only nf4 and fp4 have it"),
         (c.data.packing, "data", ("pad_to",), "data.packing fills rows of max_seq_len"),

@@ -5,6 +5,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
+from jaxtune import peft
 from jaxtune.data.loader import LENGTH_STEP
 from jaxtune.errors import ConfigError
 from jaxtune.nn.params import Policy, suited_policy
@@ -59,13 +60,35 @@ def resolve_policy(config: RunConfig, model_config: Any, mesh: Mesh) -> Policy:
                 "this model's layers differ - turn it off"
             )
     names = [f.name for f in dataclasses.fields(Policy) if hasattr(model, f.name)]
-    chosen = _cut_for_pipeline(config, model_config, mesh)
+    segments = _segments(config, model_config, mesh)
+    chosen = segments | _cut_for_pipeline(config, model_config, mesh)
     chosen |= {name: getattr(model, name) for name in names if getattr(model, name) != "auto"}
     if config.peft.method == "full":
         chosen["param_dtype"] = "float32"
     chosen["sharding_stage"] = config.mesh.sharding_stage
     chosen["context_parallel"] = _context_parallel(config, model_config, mesh)
     return suited_policy(platform, mesh=mesh, **chosen)
+
+
+def _segments(config: RunConfig, model_config: Any, mesh: Mesh) -> dict[str, Any]:
+    """The fields of the policy for stacks that the method cuts, which no pipeline can cut again."""
+    segments = peft.segments(config.peft, model_config.num_layers)
+    if len(segments) < 2:
+        return {}
+    if pipeline.num_stages(mesh) > 1 or config.train.pipeline_chunks > 1:
+        raise ConfigError(
+            f"config.peft.method={config.peft.method} trains some layers and not others, and the "
+            "stages of a pipeline have layers that are alike - set mesh.stage=1 and "
+            "train.pipeline_chunks=1"
+        )
+    if period(model_config.layer_kinds) == 1:
+        return {"segments": segments}
+    if config.model.layers == "scan":
+        raise ConfigError(
+            f"config.model.layers=scan: peft.method={config.peft.method} cuts the layers where "
+            "their kinds do not repeat - leave it at auto"
+        )
+    return {"layers": "unroll"}
 
 
 def _cut_for_pipeline(config: RunConfig, model_config: Any, mesh: Mesh) -> dict[str, Any]:

@@ -131,10 +131,11 @@ class Peft:
         "lora",
         "lora: low-rank adapters; dora: with trained norms; moslora: with a mixer; mora: square "
         "matrices; loha, lokr: products of small matrices; vera: vectors around random matrices; "
-        "ia3: factors of activations; oft: rotations; full: every parameter",
+        "ia3: factors of activations; oft: rotations; full: every parameter; freeze: the last or "
+        "first layers; bitfit: the biases; llama_pro: new layers between the old ones",
         choices=(
             *("lora", "dora", "moslora", "mora", "loha", "lokr", "vera", "ia3", "oft"),
-            "full",
+            *("full", "freeze", "bitfit", "llama_pro"),
         ),
     )
     rank: int = _field(16, "rank R of the adapter matrices", low=1, high=65536)

@@ -21,7 +21,7 @@ from jaxtune.checkpoint.lock import RunLock
 from jaxtune.checkpoint.manifest import write_synced
 from jaxtune.checkpoint.source import open_checkpoint
 from jaxtune.checkpoint.store import Store
-from jaxtune.errors import run_command
+from jaxtune.errors import ConfigError, run_command
 from jaxtune.exports import write_results
 from jaxtune.faults import fault
 from jaxtune.fit import fitted_step
@@ -93,6 +93,8 @@ def _train(cfg: RunConfig, folder: Path, stop: StopSignal, watchdog: Watchdog) -
         state, frozen, start, position = _fill(run, tx, store)
         # Not before: a refused run must not replace the config of the run that is there.
         if process.is_first():
+            if start > 0:
+                warn_of_changes(cfg, folder / "config.json")
             shared = dataclasses.replace(cfg, distributed=Distributed())
             write_synced(folder / "config.json", config.to_json(shared).encode())
         log = Log(cfg.log, folder, start, num_steps)
@@ -200,7 +202,7 @@ def _fill(run: build.Run, tx: Any, store: Store) -> tuple[TrainState, Params, in
         wanted = None if resume == "auto" else int(resume)
         restored = store.restore(wanted, build.abstract_state(run, tx))
     values: Params = {}
-    if restored is None or run.adapters is not None:
+    if restored is None or run.frozen:
         values = build.fill_base(run, every_few_seconds("loading weights"))
         values |= build.fill_adapter(run, values)
     frozen = {name: values[name] for name in run.frozen}
@@ -256,6 +258,32 @@ def _fingerprint(cfg: RunConfig) -> str:
     model = dataclasses.replace(cfg.model, offload_frozen=False)
     parts = (model, cfg.peft, cfg.objective, dataclasses.replace(cfg.optim, offload=False))
     return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def warn_of_changes(cfg: RunConfig, before: Path) -> None:
+    """Warns if the number of steps, or what a step learns from, is not as in the resumed run.
+
+    Args:
+        cfg: of this run.
+        before: config.json of the run that is resumed.
+    """
+    try:
+        old = config.from_json(before.read_text("utf-8"))
+    except (OSError, ConfigError):  # moved here without its config, or of another version
+        return
+    sizes = ("num_steps", "num_epochs", "micro_batch_size", "gradient_accumulation_steps")
+    fields = [("train", name) for name in sizes]
+    fields += [("data", "max_seq_len"), *(("mesh", name) for name in cfg.mesh.axes())]
+    changes = []
+    for section, name in fields:
+        was, now = (getattr(getattr(c, section), name) for c in (old, cfg))
+        if was != now:
+            changes.append(f"{section}.{name} was {was} and is {now}")
+    if changes:
+        warn(
+            f"the run goes on with other steps than it began with: {', '.join(changes)} - the "
+            "schedule, the rows of a step or their order are not those of an uninterrupted run"
+        )
 
 
 def _every(step: int, interval: int) -> bool:

@@ -88,7 +88,7 @@ def test_the_last_override_wins(tmp_path: Path):
         ("optim.learning_rate=nan", "must be a finite number"),
         ("data.packing=maybe", "config.data.packing='maybe': must be bool"),
         ("peft.layers_to_transform=0,a", "must be int"),
-        ("peft.method=lorra", "oft, full - did you mean lora?"),
+        ("peft.method=lorra", "did you mean lora?"),
         ("data.max_seq_len=4", "config.data.max_seq_len=4: must be >= 8"),
         ("optim.b1=1", "config.optim.b1=1.0: must be >= 0 and <= 1"),
     ],

@@ -19,7 +19,7 @@ from jaxtune.checkpoint.lock import RunLock
 from jaxtune.checkpoint.source import open_checkpoint
 from jaxtune.errors import run_command
 from jaxtune.schema import Data, Eval, Log, Optim, Peft, RunConfig, Train
-from jaxtune.train import Result, main, train
+from jaxtune.train import Result, main, train, warn_of_changes
 from tests import oracle
 
 ROOT = Path(__file__).parents[1]
@@ -207,6 +207,19 @@ def test_full_fine_tuning(tmp_path: Path):
     merged, tiny = open_checkpoint(str(result.paths["merged"])), open_checkpoint("tiny:llama")
     assert set(merged.tensors) == set(tiny.tensors)
     assert all((merged.read(name) != tiny.read(name)).any() for name in tiny.tensors)
+
+
+def test_other_numbers_of_a_resumed_run_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    before, now = (run_config(tmp_path, "run", train={"num_steps": n}) for n in (3, 5))
+    path = tmp_path / "config.json"
+    path.write_text(config.to_json(before))
+    warn_of_changes(now, path)
+    assert "train.num_steps was 3 and is 5 -" in capsys.readouterr().err
+    warn_of_changes(before, path)
+    warn_of_changes(now, tmp_path / "absent.json")
+    assert not capsys.readouterr().err
 
 
 Command = Callable[..., tuple[int, str]]

@@ -61,6 +61,19 @@ def load(path: str | Path) -> GgufTokenizer:
             f"(supported: {', '.join(BUILDERS)}) - "
             "set model.tokenizer to the Hugging Face tokenizer"
         )
+    try:
+        return _rebuilt(path, metadata, kind)
+    except WeightError:
+        raise
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise WeightError(
+            f"{path}: its tokenizer is damaged ({type(error).__name__}: {error}) - get the file "
+            "again, or set model.tokenizer to the Hugging Face tokenizer"
+        ) from error
+
+
+def _rebuilt(path: str | Path, metadata: dict[str, Any], kind: str) -> GgufTokenizer:
+    """The tokenizer that the metadata of a file describe."""
     tokens = metadata["tokenizer.ggml.tokens"]
     backend = BUILDERS[kind](path, metadata)
     types = metadata.get("tokenizer.ggml.token_type") or [1] * len(tokens)

@@ -47,6 +47,8 @@ class Policy:
         mesh: the devices, over whose axes weights are gathered and kernels mapped; None: one.
         micro_batches: parts of the rows that follow each other through the mesh's stages.
         chunks: stacks of a scanned model; every stage has a part of each.
+        segments: sizes of the stacks of a scanned model, where some train and others do not; ():
+            equal chunks.
     """
 
     param_dtype: DTypeLike = jnp.float32
@@ -62,6 +64,7 @@ class Policy:
     mesh: Mesh | None = None
     micro_batches: int = 1
     chunks: int = 1
+    segments: tuple[int, ...] = ()
 
 
 _ATTENTION = {"tpu": "pallas_tpu", "gpu": "pallas_gpu", "cuda": "pallas_gpu"}

@@ -23,13 +23,15 @@ REMAT = ("none", "attention", "dots", "offload", "full")
 
 
 def stack_sizes(num_layers: int, policy: Policy, kinds: Sequence[Any] = ()) -> tuple[int, ...]:
-    """Layers in each stack: of a scanned model, equal chunks.
+    """Layers in each stack: of a scanned model its segments, or equal chunks.
 
     Args:
         num_layers: of the model.
         policy: whether they are scanned, and in how many chunks.
         kinds: of the layers; those that are left over after whole periods are a stack of their own.
     """
+    if policy.segments and policy.layers == "scan":
+        return policy.segments
     stacks = policy.chunks if policy.layers == "scan" else num_layers
     rest = num_layers % period(kinds) if stacks == 1 else 0
     return (num_layers - rest, rest) if rest else (num_layers // stacks,) * stacks

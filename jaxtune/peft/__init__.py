@@ -19,9 +19,12 @@ from jaxtune.errors import ConfigError
 from jaxtune.nn.linear import layer_names, linears
 from jaxtune.peft import (
     beside,
+    bitfit,
     dora,
+    freeze,
     full,
     ia3,
+    llama_pro,
     loha,
     lokr,
     lora,
@@ -48,6 +51,8 @@ __all__ = [
     "is_adapter",
     "layer_names",
     "linears",
+    "origins",
+    "segments",
     "seed",
     "trained",
     "unread",
@@ -66,6 +71,9 @@ METHODS: Mapping[str, Any] = MappingProxyType(
         "ia3": ia3,
         "oft": oft,
         "full": full,
+        "freeze": freeze,
+        "bitfit": bitfit,
+        "llama_pro": llama_pro,
     }
 )
 
@@ -152,12 +160,42 @@ def continued(adapters: Adapters, section: Any) -> Adapters:
     return dataclasses.replace(adapters, config=config)
 
 
-def trained(names: Iterable[str], section: Any, adapters: Adapters | None) -> set[str]:
-    """The base's parameters, of those named, that train with config.peft and its adapters."""
-    if adapters is not None:
-        return {*adapters.saved, *adapters.biases}
+def trained(names: Iterable[str], section: Any, stacks: Sequence[int]) -> set[str]:
+    """The base's parameters, of those named, that a method without adapters lets train.
+
+    Args:
+        names: of all parameters.
+        section: config.peft.
+        stacks: sizes of the model's stacks of layers.
+    """
+    if is_adapter(section.method):
+        return set()
     method = METHODS[section.method]
-    return method.trained(names, _options(section, method.READS[0]))
+    return method.trained(names, _options(section, method.READS[0]), stacks)
+
+
+def segments(section: Any, num_layers: int) -> tuple[int, ...]:
+    """Sizes of the stacks into which config.peft cuts the layers; () if they are all alike."""
+    method = METHODS[section.method]
+    if not hasattr(method, "segments"):
+        return ()
+    return method.segments(num_layers, _options(section, method.READS[0]))
+
+
+def origins(section: Any, num_layers: int) -> tuple[tuple[int, bool], ...]:
+    """Layers of the deeper model that config.peft trains; () if it is as deep as the base.
+
+    Args:
+        section: config.peft.
+        num_layers: of the base.
+
+    Returns:
+        Of each layer the base's layer, and whether it is a copy that adds nothing at first.
+    """
+    method = METHODS[section.method]
+    if not hasattr(method, "origins"):
+        return ()
+    return method.origins(num_layers, _options(section, method.READS[0]))
 
 
 def attach(model: Any, adapters: Adapters) -> None:

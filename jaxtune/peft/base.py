@@ -5,6 +5,17 @@ Every method has
     READS      dataclasses whose fields are the options of `schema.Peft` that it reads; the first
                is `Config`, its knobs
 
+A method that attaches nothing has
+
+    trained    names of the base's parameters, and sizes of the stacks of layers -> those that
+               train
+
+and one that trains some layers may have
+
+    segments   number of layers -> sizes of the stacks into which it cuts them, so that each trains
+               as a whole or not at all
+    origins    number of the base's layers -> the layers of a deeper model
+
 A method that attaches something also has
 
     attach     fills slots of a model (under `tree.describe`) for `Adapters`

@@ -1,6 +1,6 @@
 """Every parameter of the model trains."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 
@@ -12,7 +12,7 @@ class Config:
 READS = (Config,)
 
 
-def trained(names: Iterable[str], config: Config) -> set[str]:
+def trained(names: Iterable[str], config: Config, stacks: Sequence[int]) -> set[str]:
     """All of them."""
-    del config
+    del config, stacks
     return set(names)

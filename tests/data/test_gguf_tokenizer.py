@@ -79,6 +79,11 @@ def test_damaged_files(tmp_path):
     path.write_bytes(b"JUNK" + content[4:])
     with pytest.raises(WeightError, match="not a GGUF file"):
         load_tokenizer(str(path))
+    damaged = content.replace(b"tokenizer.ggml.merges", b"tokenizer.ggml.murges")
+    assert damaged != content
+    path.write_bytes(damaged)
+    with pytest.raises(WeightError, match="its tokenizer is damaged .KeyError"):
+        load_tokenizer(str(path))
     huge = content[:16] + b"\xff" * 7 + b"\x7f" + content[24:]
     path.write_bytes(huge)
     with pytest.raises(WeightError, match="is damaged: .* keys"):
