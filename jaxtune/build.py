@@ -20,7 +20,8 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxtune import models, objectives, peft, tree
+from jaxtune import frozen as frozen_weights
+from jaxtune import models, objectives, optim, peft, tree
 from jaxtune.checkpoint import hf
 from jaxtune.checkpoint.adapter import Adapter, first_values, load_adapter
 from jaxtune.checkpoint.expand import expanded
@@ -33,7 +34,7 @@ from jaxtune.nn import quantized
 from jaxtune.nn.noise import Noise
 from jaxtune.nn.params import AdapterConstant, AdapterParam, Policy
 from jaxtune.nn.stack import stack_sizes
-from jaxtune.policy import loss_implementation, resolve_policy
+from jaxtune.policy import loss_implementation, require_equal_chunks, resolve_policy
 from jaxtune.quant import QArray
 from jaxtune.schema import Peft, RunConfig
 from jaxtune.sharding import rules
@@ -56,6 +57,9 @@ class Run:
         skeleton: the model without arrays.
         stacks: sizes of the model's stacks of layers.
         trainable, frozen: ShapeDtypeStructs with shardings, by name.
+        in_turn: likewise, whole stacks of layers that train in turn; `trainable` has as many of
+            their layers as train at a time.
+        turns: how they take turns.
         adapters: what is attached to the model, if anything is.
         imported: the adapter from which training continues, if any.
         objective: what is minimised.
@@ -71,9 +75,16 @@ class Run:
     stacks: tuple[int, ...]
     trainable: Params
     frozen: Params
+    in_turn: Params
+    turns: peft.Turns | None
     adapters: peft.Adapters | None
     imported: Adapter | None
     objective: Objective
+
+    @property
+    def variables(self) -> Params:
+        """ShapeDtypeStructs of all variables of the model, by name."""
+        return self.frozen | self.trainable | self.in_turn
 
     def held_rows(self, rows: int) -> tuple[int, ...]:
         """Which rows of a batch of so many this process's devices hold."""
@@ -100,39 +111,38 @@ class Run:
     def flops_per_token(self, length: float) -> float:
         """Model FLOPs of one training token, recomputation not counted.
 
-        Forward and the gradient of activations cost 2 FLOPs each per weight of a matrix product;
-        the gradient of a weight costs 2 more, for trained weights only. Attention over a causal
-        row of `length` tokens sees half of it on average.
+        Forward and the gradient of activations cost 2 FLOPs each per weight of a matrix product,
+        the latter not below the first stack that trains; the gradient of a weight costs 2 more, for
+        trained weights only. Attention over a causal row of `length` tokens sees half of it on
+        average.
         """
         c = self.model_config
-        matrices = {n: s for n, s in (self.frozen | self.trainable).items() if _is_matrix(n)}
+        matrices = {n: s for n, s in self.variables.items() if _is_matrix(n)}
         weights = tree.count(matrices)
         weights += c.vocab_size * c.hidden_size if c.tie_embeddings else 0
-        trained = tree.count({n: s for n, s in matrices.items() if n in self.trainable})
+        trained = tree.count({n: s for n, s in self.trainable.items() if _is_matrix(n)})
+        first = min(map(self._depth, self.trainable))
+        below = tree.count({n: s for n, s in matrices.items() if self._depth(n) < first})
         attention = 6 * length * c.num_heads * c.head_dim * c.num_layers
-        return 4 * weights + 2 * trained + attention
+        return 4 * weights - 2 * below + 2 * trained + attention
+
+    def _depth(self, name: str) -> int:
+        """The number of a parameter's stack; -1 before the layers, their count behind them."""
+        stack, _ = hf.split_path(name)
+        outside = -1 if name.startswith("embed.") else len(self.stacks)
+        return outside if stack is None else stack
 
 
 def _is_matrix(name: str) -> bool:
     return name.endswith(".kernel") or ".adapter." in name
 
 
-def _is_layer_matrix(name: str) -> bool:
-    return name.startswith("layers.") and name.endswith(".kernel")
-
-
 def _as_float32(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=leaf.sharding)
 
 
-def _on_host(name: str, leaf: Any) -> jax.ShapeDtypeStruct:
-    if isinstance(leaf, QArray):
-        raise ConfigError(
-            f"config.model.offload_frozen: {name} is quantized, and XLA for TPU cannot compute "
-            "with bytes in host memory - turn it off"
-        )
-    where = leaf.sharding.with_memory_kind(HOST)
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+def _first_layers(leaf: jax.ShapeDtypeStruct, count: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((count, *leaf.shape[1:]), leaf.dtype, sharding=leaf.sharding)
 
 
 def describe(config: RunConfig, mesh: Mesh, checkpoint: Checkpoint) -> Run:
@@ -182,7 +192,7 @@ def _describe(config: RunConfig, mesh: Mesh, checkpoint: Checkpoint) -> Run:
 
     dense = tree.describe(build_dense)
     whole = peft.trained(dense.variables, config.peft, stacks)
-    kernels = _quantized_kernels(config, checkpoint, weights, dense, stacks, whole)
+    kernels = frozen_weights.quantized_kernels(config, checkpoint, weights, dense, stacks, whole)
 
     base = tree.describe(build_base)
     imported, adapters = _adapters(config.peft, base, checkpoint, weights, stacks)
@@ -203,7 +213,7 @@ def _describe(config: RunConfig, mesh: Mesh, checkpoint: Checkpoint) -> Run:
         strict=config.mesh.indivisible == "error",
     )
     if policy.chunks > 1:
-        _require_equal_chunks(shapes, policy.chunks)
+        require_equal_chunks(shapes, policy.chunks)
     beside = {*adapters.saved, *adapters.biases} if adapters is not None else set()
     learning = skeleton.select(AdapterParam) | whole | beside
     if coded := sorted(name for name in learning if isinstance(shapes[name], QArray)):
@@ -213,7 +223,12 @@ def _describe(config: RunConfig, mesh: Mesh, checkpoint: Checkpoint) -> Run:
         )
     frozen = {name: leaf for name, leaf in shapes.items() if name not in learning}
     if policy.offload_frozen:
-        frozen |= {name: _on_host(name, frozen[name]) for name in frozen if _is_layer_matrix(name)}
+        frozen |= frozen_weights.on_host(frozen)
+    trainable = {name: _as_float32(shapes[name]) for name in shapes if name in learning}
+    turns = peft.turns(config.peft, model_config.num_layers, config.train.seed)
+    layers = {name for name in trainable if turns and name.startswith("layers.")}
+    count = turns.layers if turns else 0
+    trainable |= {name: _first_layers(trainable[name], count) for name in layers}
     return Run(
         config=config,
         mesh=mesh,
@@ -223,8 +238,10 @@ def _describe(config: RunConfig, mesh: Mesh, checkpoint: Checkpoint) -> Run:
         policy=policy,
         skeleton=skeleton,
         stacks=stacks,
-        trainable={name: _as_float32(shapes[name]) for name in shapes if name in learning},
+        trainable=trainable,
         frozen=frozen,
+        in_turn={name: shapes[name] for name in layers},
+        turns=turns,
         adapters=adapters,
         imported=imported,
         objective=functools.partial(
@@ -235,66 +252,10 @@ def _describe(config: RunConfig, mesh: Mesh, checkpoint: Checkpoint) -> Run:
     )
 
 
-def _require_equal_chunks(shapes: Params, chunks: int) -> None:
-    """Raises ConfigError if the stacks of layers differ in their variables."""
-    kinds: dict[str, list[Any]] = {}
-    for path, leaf in shapes.items():
-        stack, name = hf.split_path(path)
-        if stack is not None:
-            parts = [(part.shape, part.dtype) for part in jax.tree.leaves(leaf)]
-            kinds.setdefault(name, []).append((jax.tree.structure(leaf), parts))
-    unlike = [name for name, found in kinds.items() if found != [found[0]] * chunks]
-    if unlike:
-        raise ConfigError(
-            f"config.train.pipeline_chunks={chunks}: {unlike[0]} is not alike in all chunks - let "
-            "peft and quant options choose layers by name, not by index, or use one chunk"
-        )
-
-
 def with_remat(run: Run, remat: str) -> Run:
     """The same run with another policy of recomputation."""
     model = dataclasses.replace(run.config.model, remat=remat)
     return _describe(dataclasses.replace(run.config, model=model), run.mesh, run.checkpoint)
-
-
-def _quantized_kernels(
-    config: RunConfig,
-    checkpoint: Checkpoint,
-    weights: Sequence[Weight],
-    dense: Skeleton,
-    stacks: tuple[int, ...],
-    trained: set[str],
-) -> quantized.Kernels:
-    """The frozen kernels that are quantized: those of the files, or as the config says."""
-    shapes = dense.abstract()
-    kernels = hf.quantized_kernels(checkpoint, weights, shapes, stacks)
-    if kernels and config.quant.format:
-        raise ConfigError(
-            f"config.quant.format={','.join(config.quant.format)}: {checkpoint.name} is quantized "
-            "already - leave quant.format empty, or take the dense model"
-        )
-    if coded := sorted(kernels.keys() & trained):
-        raise ConfigError(
-            f"config.peft.method={config.peft.method} cannot train the quantized {coded[0]} of "
-            f"{checkpoint.name} - use peft.method=lora, or take the dense model"
-        )
-    chosen = quantized.choose(
-        dense.model(shapes),
-        config.quant.format,
-        block_size=config.quant.block_size,
-        double_quant=config.quant.double_quant,
-    )
-    kernels |= {name: kernel for name, kernel in chosen.items() if name not in trained}
-    if chosen and not kernels:
-        raise ConfigError(
-            f"config.quant.format: peft.method={config.peft.method} trains all layers that it "
-            "names, and quantized ones cannot be trained"
-        )
-    if not kernels and config.checkpoint.merge_base != "dequantized":
-        raise ConfigError(
-            "config.checkpoint.merge_base would be ignored: the base is not quantized"
-        )
-    return kernels
 
 
 def _adapters(
@@ -327,6 +288,14 @@ def trained_axes(run: Run) -> dict[str, rules.Axes]:
     return {name: run.skeleton.axes(name) for name in run.trainable}
 
 
+def make_optimizer(run: Run, schedule: optax.Schedule) -> optax.GradientTransformation:
+    """The optimizer of what the run trains."""
+    every = run.turns.steps if run.turns else 1
+    return optim.make_optimizer(
+        run.config.optim, schedule, trained_axes(run), restarted=run.in_turn.keys(), every=every
+    )
+
+
 def abstract_state(run: Run, tx: optax.GradientTransformation) -> TrainState:
     """Shapes, dtypes and shardings of the training state.
 
@@ -348,7 +317,7 @@ def abstract_state(run: Run, tx: optax.GradientTransformation) -> TrainState:
 
     opt_state = jax.tree_util.tree_map_with_path(place, jax.eval_shape(tx.init, run.trainable))
     scalar: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
-    return TrainState(scalar, scalar, run.trainable, opt_state)
+    return TrainState(scalar, scalar, run.trainable, opt_state, run.in_turn)
 
 
 def gradient_shardings(run: Run) -> dict[str, NamedSharding] | None:
@@ -379,7 +348,7 @@ def quantized_kernels(run: Run) -> set[str]:
 def fill_base(run: Run, progress: Callable[[int, int], None]) -> Params:
     """Streams the base weights from the checkpoint into arrays of the described shardings."""
     variables = adapter_variables(run.skeleton)
-    wanted = run.frozen | run.trainable
+    wanted = run.variables
     base = {name: leaf for name, leaf in wanted.items() if name not in variables}
     return hf.load_weights(
         run.checkpoint,
@@ -401,7 +370,7 @@ def fill_adapter(run: Run, base: Params) -> Params:
     """
     if run.adapters is None:
         return {}
-    wanted = run.frozen | run.trainable
+    wanted = run.variables
     names = adapter_variables(run.skeleton)
     if run.imported is not None:
         names |= run.imported.params.keys()
@@ -418,8 +387,12 @@ def fill_adapter(run: Run, base: Params) -> Params:
 def initial_state(run: Run, tx: optax.GradientTransformation, values: Params) -> TrainState:
     """A new training state around the given trainable values."""
     abstract = abstract_state(run, tx)
-    trainable = {name: values[name] for name in run.trainable}
+    trainable = {name: values[name] for name in run.trainable.keys() - run.in_turn.keys()}
+    for name in run.in_turn:  # the first step fetches them
+        leaf = run.trainable[name]
+        trainable[name] = jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding)
+    in_turn = {name: values[name] for name in run.in_turn}
     init = jax.jit(tx.init, out_shardings=shardings(abstract.opt_state))
     zero = np.zeros((), np.int32)
     step, bad_steps = (to_device(zero, abstract.step.sharding) for _ in range(2))
-    return TrainState(step, bad_steps, trainable, init(trainable))
+    return TrainState(step, bad_steps, trainable, init(trainable), in_turn)

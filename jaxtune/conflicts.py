@@ -6,7 +6,9 @@ from jaxtune.errors import nearest
 from jaxtune.schema import FETCHING, QUANT_FORMATS, Quant, RunConfig
 
 # Methods that train the model's own weights.
-WHOLE = ("full", "freeze", "bitfit", "llama_pro")
+WHOLE = ("full", "freeze", "bitfit", "llama_pro", "lisa", "badam")
+# Of those, the ones that train a few layers at a time.
+IN_TURN = ("lisa", "badam")
 # Optimizers that see kernels at a low rank.
 PROJECTED = ("galore", "galore8bit", "apollo", "apollo_mini")
 
@@ -57,6 +59,8 @@ def contradictions(config: RunConfig) -> list[str]:
             "config.optim.offload: XLA for TPU cannot compute with bytes in host memory - choose "
             f"optim.name=adamw, or leave {c.optim.name}'s small state on the device"
         )
+    if c.peft.method in IN_TURN:
+        problems += _contradict_turns(c)
     if c.optim.name in PROJECTED and c.peft.method not in WHOLE:
         problems.append(
             f"config.optim.name={c.optim.name} projects gradients of whole matrices, and "
@@ -103,6 +107,25 @@ def _bad_peft(c: RunConfig) -> list[str]:
         problems.append("config.peft.decompose_factor=0: must be -1 or >= 1")
     if not c.peft.target_modules:
         problems.append("config.peft.target_modules is empty - e.g. all-linear")
+    return problems
+
+
+def _contradict_turns(c: RunConfig) -> list[str]:
+    """What the written-out backward pass of layers in turn does not do."""
+    method, problems = f"peft.method={c.peft.method}", []
+    if c.model.layers == "unroll":
+        problems.append(f"config.model.layers=unroll: {method} goes over one stack - use auto")
+    if c.model.remat not in ("auto", "full"):
+        problems.append(
+            f"config.model.remat={c.model.remat}: {method} computes each layer again - use auto"
+        )
+    if c.optim.offload:
+        problems.append(
+            f"config.optim.offload: {method} keeps state of {c.peft.active_layers} layers only - "
+            "turn it off"
+        )
+    if c.quant.format:
+        problems.append(f"config.quant.format: {method} trains every layer sooner or later")
     return problems
 
 

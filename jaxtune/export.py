@@ -131,12 +131,12 @@ def _restore_as(cfg: RunConfig, store: Store, step: int | None) -> tuple[build.R
     cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, **anywhere))
     run = build.describe(cfg, mesh, open_checkpoint(cfg.model.path, cfg.model.revision))
     schedule = optim.make_schedule(cfg.optim, cfg.train.num_steps or 1)
-    tx = optim.make_optimizer(cfg.optim, schedule, build.trained_axes(run))
+    tx = build.make_optimizer(run, schedule)
     restored = store.restore(step, build.abstract_state(run, tx))
     assert restored is not None  # there are steps, and damaged ones raise
     found, state, _ = restored
     info(f"exporting step {found} of {store.folder.parent}")
-    return run, state.trainable
+    return run, state.learnt
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:

@@ -75,7 +75,8 @@ def check_fits(needed: int, limit: int | None, kind: str) -> None:
 
 def _is_open(run: build.Run) -> bool:
     """Whether memory decides what is recomputed."""
-    return run.config.model.remat == "auto" and _limit(run) is not None
+    fixed = run.config.model.remat != "auto" or run.turns is not None
+    return not fixed and _limit(run) is not None
 
 
 def _limit(run: build.Run) -> float | None:
@@ -161,7 +162,7 @@ def _step(run: build.Run, tx: optax.GradientTransformation, schedule: optax.Sche
     apply = optim.make_apply(run.config.optim, build.trained_axes(run), stages)
     gradients = build.gradient_shardings(run)
     return make_train_step(
-        run.skeleton, run.objective, tx, schedule, seed, shardings, apply, gradients
+        run.skeleton, run.objective, tx, schedule, seed, shardings, apply, gradients, run.turns
     )
 
 

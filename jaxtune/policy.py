@@ -3,9 +3,11 @@
 import dataclasses
 from typing import Any
 
+import jax
 from jax.sharding import Mesh
 
 from jaxtune import peft
+from jaxtune.checkpoint.hf import split_path
 from jaxtune.data.loader import LENGTH_STEP
 from jaxtune.errors import ConfigError
 from jaxtune.nn.params import Policy, suited_policy
@@ -13,6 +15,7 @@ from jaxtune.nn.stack import period
 from jaxtune.schema import FETCHING, Model, RunConfig
 from jaxtune.sharding import pipeline
 from jaxtune.sharding.mesh import require_host_memory
+from jaxtune.tree import Params
 
 # Implementations that exist on one platform only.
 _PLATFORMS = {"pallas_tpu": "tpu", "splash": "tpu", "pallas_gpu": "gpu", "cudnn": "gpu"}
@@ -71,9 +74,10 @@ def resolve_policy(config: RunConfig, model_config: Any, mesh: Mesh) -> Policy:
 
 
 def _segments(config: RunConfig, model_config: Any, mesh: Mesh) -> dict[str, Any]:
-    """The fields of the policy for stacks that the method cuts, which no pipeline can cut again."""
+    """The fields of the policy for layers of which some train, which no pipeline can cut again."""
     segments = peft.segments(config.peft, model_config.num_layers)
-    if len(segments) < 2:
+    turns = peft.turns(config.peft, model_config.num_layers, config.train.seed)
+    if len(segments) < 2 and turns is None:
         return {}
     if pipeline.num_stages(mesh) > 1 or config.train.pipeline_chunks > 1:
         raise ConfigError(
@@ -81,7 +85,15 @@ def _segments(config: RunConfig, model_config: Any, mesh: Mesh) -> dict[str, Any
             "stages of a pipeline have layers that are alike - set mesh.stage=1 and "
             "train.pipeline_chunks=1"
         )
-    if period(model_config.layer_kinds) == 1:
+    alike = period(model_config.layer_kinds) == 1
+    if turns is not None and not alike:
+        raise ConfigError(
+            f"config.peft.method={config.peft.method} goes over layers that are alike, and the "
+            "windows of this model's layers differ - use another method, e.g. freeze"
+        )
+    if turns is not None:
+        return {"layers": "scan", "remat": "full"}
+    if alike:
         return {"segments": segments}
     if config.model.layers == "scan":
         raise ConfigError(
@@ -128,6 +140,22 @@ def _cut_for_pipeline(config: RunConfig, model_config: Any, mesh: Mesh) -> dict[
     micro = pipeline.choose_micro_batches(train.pipeline_micro_batches, mesh, rows)
     cut = {"chunks": train.pipeline_chunks, "micro_batches": micro}
     return cut | ({"layers": "scan"} if stages > 1 else {})
+
+
+def require_equal_chunks(shapes: Params, chunks: int) -> None:
+    """Raises ConfigError if the stacks of layers differ in their variables."""
+    kinds: dict[str, list[Any]] = {}
+    for path, leaf in shapes.items():
+        stack, name = split_path(path)
+        if stack is not None:
+            parts = [(part.shape, part.dtype) for part in jax.tree.leaves(leaf)]
+            kinds.setdefault(name, []).append((jax.tree.structure(leaf), parts))
+    unlike = [name for name, found in kinds.items() if found != [found[0]] * chunks]
+    if unlike:
+        raise ConfigError(
+            f"config.train.pipeline_chunks={chunks}: {unlike[0]} is not alike in all chunks - let "
+            "peft and quant options choose layers by name, not by index, or use one chunk"
+        )
 
 
 def _context_parallel(config: RunConfig, model_config: Any, mesh: Mesh) -> str:

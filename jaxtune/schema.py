@@ -132,10 +132,11 @@ class Peft:
         "lora: low-rank adapters; dora: with trained norms; moslora: with a mixer; mora: square "
         "matrices; loha, lokr: products of small matrices; vera: vectors around random matrices; "
         "ia3: factors of activations; oft: rotations; full: every parameter; freeze: the last or "
-        "first layers; bitfit: the biases; llama_pro: new layers between the old ones",
+        "first layers; bitfit: the biases; llama_pro: new layers between the old ones; lisa, "
+        "badam: a few layers at a time",
         choices=(
             *("lora", "dora", "moslora", "mora", "loha", "lokr", "vera", "ia3", "oft"),
-            *("full", "freeze", "bitfit", "llama_pro"),
+            *("full", "freeze", "bitfit", "llama_pro", "lisa", "badam"),
         ),
     )
     rank: int = _field(16, "rank R of the adapter matrices", low=1, high=65536)
@@ -187,6 +188,21 @@ class Peft:
         "none",
         "biases of the base that train beside the adapter: those of adapted layers, or all",
         choices=("none", "adapted", "all"),
+    )
+    trainable_layers: int = _field(
+        2, "freeze: the last layers that train; negative: the first ones; 0: none"
+    )
+    trainable_modules: tuple[str, ...] = _field(
+        ("all",),
+        "freeze: what trains of those layers: all, or names, patterns (mlp, attn.q_proj)",
+    )
+    extra_modules: tuple[str, ...] = _field(
+        (), "freeze: what trains outside the layers: embed, norm, lm_head"
+    )
+    new_layers: int = _field(4, "llama_pro: layers that are added, at equal distances", low=1)
+    active_layers: int = _field(2, "lisa, badam: layers that train at a time", low=1)
+    switch_steps: int = _field(
+        50, "lisa, badam: optimizer steps after which other layers train", low=1
     )
     adapter: str | None = _field(
         None, "Hugging Face PEFT folder from which training continues (its rank and alpha are used)"

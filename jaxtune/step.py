@@ -7,7 +7,7 @@ leaves parameters and optimizer state as they were, bit for bit, and is counted.
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -16,6 +16,7 @@ import optax
 
 from jaxtune import peft
 from jaxtune.nn import noise
+from jaxtune.nn.turns import Rows
 from jaxtune.optim import Apply, apply_whole
 from jaxtune.tree import Params, Skeleton
 
@@ -34,12 +35,20 @@ class TrainState:
         bad_steps: int32, consecutive skipped steps up to now.
         trainable: float32 parameters by name.
         opt_state: the optimizer's state.
+        in_turn: whole stacks of layers that train in turn, in the dtype of frozen weights;
+            `trainable` has the float32 rows of those whose turn it is.
     """
 
     step: jax.Array
     bad_steps: jax.Array
     trainable: Params
     opt_state: Any
+    in_turn: Params = field(default_factory=dict)
+
+    @property
+    def learnt(self) -> Params:
+        """All parameters that training changes, as the model has them."""
+        return self.trainable | self.in_turn
 
 
 def make_train_step(
@@ -51,6 +60,7 @@ def make_train_step(
     state_shardings: Any = None,
     apply: Apply = apply_whole,
     gradient_shardings: Any = None,
+    turns: peft.Turns | None = None,
 ) -> TrainStep:
     """Builds `train_step(state, frozen, batch)`; batch leaves are [A, B, T].
 
@@ -62,20 +72,21 @@ def make_train_step(
         state_shardings: where the new state goes.
         apply: how the optimizer's step is taken; `optim.make_apply` chooses.
         gradient_shardings: where the sums of gradients are, by name; None: like the parameters.
+        turns: how the layers of `TrainState.in_turn` take turns.
 
     Returns:
         A function to the new state and float32 scalars: loss, accuracy, grad_norm, learning_rate,
         tokens (real ones), targets (sum of weights), bad_steps, skipped.
     """
 
-    def loss(trainable: Params, frozen: Params, micro: Any, key: jax.Array) -> tuple:
-        model = skeleton.model({**frozen, **trainable})
+    def loss(trainable: Params, fixed: tuple, micro: Any, key: jax.Array) -> tuple:
+        model = skeleton.model(_all_parameters(trainable, *fixed))
         peft.seed(model, key)
         noise.seed(model, key)
         return objective(model, micro)
 
-    def gradient(trainable: Params, frozen: Params, micro: Any, key: jax.Array) -> tuple:
-        found, grads = jax.value_and_grad(loss, has_aux=True)(trainable, frozen, micro, key)
+    def gradient(trainable: Params, fixed: tuple, micro: Any, key: jax.Array) -> tuple:
+        found, grads = jax.value_and_grad(loss, has_aux=True)(trainable, fixed, micro, key)
         if gradient_shardings is not None:
             grads = jax.lax.with_sharding_constraint(grads, gradient_shardings)
         return found, grads
@@ -85,15 +96,18 @@ def make_train_step(
         accumulation = jax.tree.leaves(batch)[0].shape[0]
         keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step), accumulation)
 
+        trainable, active = _begin_turn(state, turns)
+        fixed = (frozen, state.in_turn, active)
+
         def micro_step(total: Any, micro_and_key: tuple) -> tuple:
-            (value, sums), grads = gradient(state.trainable, frozen, *micro_and_key)
+            (value, sums), grads = gradient(trainable, fixed, *micro_and_key)
             return jax.tree.map(jnp.add, total, (value, sums, grads)), None
 
         if accumulation == 1:
             first = jax.tree.map(lambda leaf: leaf[0], (batch, keys))
-            (value, sums), grads = gradient(state.trainable, frozen, *first)
+            (value, sums), grads = gradient(trainable, fixed, *first)
         else:
-            zeros = _zeros_of(gradient, state.trainable, frozen, batch, keys)
+            zeros = _zeros_of(gradient, trainable, fixed, batch, keys)
             (value, sums, grads), _ = jax.lax.scan(micro_step, zeros, (batch, keys))
         weight = jnp.maximum(sums["weight"], 1e-8)
         grads = jax.tree.map(lambda g: g / weight, grads)
@@ -107,11 +121,12 @@ def make_train_step(
         }
         good = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
         trainable, opt_state = apply(
-            tx, grads, state.trainable, state.opt_state, good, metrics["grad_norm"]
+            tx, grads, trainable, state.opt_state, good, metrics["grad_norm"]
         )
+        in_turn = _put_back(state.in_turn, trainable, active)
         bad_steps = jnp.where(good, 0, state.bad_steps + 1)
         metrics |= {"bad_steps": bad_steps, "skipped": ~good}
-        return TrainState(state.step + 1, bad_steps, trainable, opt_state), metrics
+        return TrainState(state.step + 1, bad_steps, trainable, opt_state, in_turn), metrics
 
     return train_step
 
@@ -128,10 +143,43 @@ def make_eval_step(
     return eval_step
 
 
-def _zeros_of(gradient: Callable, trainable: Params, frozen: Params, batch: Any, keys: Any) -> Any:
+def _begin_turn(state: TrainState, turns: peft.Turns | None) -> tuple[Params, jax.Array | None]:
+    """What trains in this step, rows of a new turn fetched, and the layers whose turn it is."""
+    if turns is None:
+        return state.trainable, None
+    applied = _applied_steps(state.opt_state)
+    active = turns.active(applied // turns.steps)
+    rows = jax.lax.cond(
+        applied % turns.steps == 0,
+        lambda: {n: stack[active].astype(jnp.float32) for n, stack in state.in_turn.items()},
+        lambda: {n: state.trainable[n] for n in state.in_turn},
+    )
+    return state.trainable | rows, active
+
+
+def _put_back(in_turn: Params, trainable: Params, active: jax.Array | None) -> Params:
+    """The stacks with the rows that have just learnt."""
+    return {
+        name: stack.at[active].set(trainable[name].astype(stack.dtype))
+        for name, stack in in_turn.items()
+    }
+
+
+def _all_parameters(
+    trainable: Params, frozen: Params, in_turn: Params, active: jax.Array | None
+) -> Params:
+    """The model's parameters; of stacks in turn with the rows that take gradients."""
+    if active is None:
+        return frozen | trainable
+    through = any(not name.startswith("layers.") for name in trainable)
+    rows = {n: Rows(stack, trainable[n], active, through) for n, stack in in_turn.items()}
+    return frozen | trainable | rows
+
+
+def _zeros_of(gradient: Callable, trainable: Params, fixed: tuple, batch: Any, keys: Any) -> Any:
     """Float32 zeros shaped like (value, sums, gradients) of one micro-batch."""
     first = jax.tree.map(lambda leaf: leaf[0], (batch, keys))
-    (value, sums), grads = jax.eval_shape(gradient, trainable, frozen, *first)
+    (value, sums), grads = jax.eval_shape(gradient, trainable, fixed, *first)
     return jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.float32), (value, sums, grads))
 
 

@@ -88,7 +88,7 @@ def _train(cfg: RunConfig, folder: Path, stop: StopSignal, watchdog: Watchdog) -
         store = _store(cfg, folder)
         cleanup.callback(store.close)
         schedule = optim.make_schedule(cfg.optim, num_steps)
-        tx = optim.make_optimizer(cfg.optim, schedule, build.trained_axes(run))
+        tx = build.make_optimizer(run, schedule)
         run, train_step = fitted_step(run, tx, schedule)
         state, frozen, start, position = _fill(run, tx, store)
         # Not before: a refused run must not replace the config of the run that is there.
@@ -101,7 +101,7 @@ def _train(cfg: RunConfig, folder: Path, stop: StopSignal, watchdog: Watchdog) -
         cleanup.callback(log.close)
         held_out = HeldOut(run, tokenizer, held_out_set, frozen, log)
         if start == 0:
-            held_out.answer(0, state.trainable)
+            held_out.answer(0, state.learnt)
         vote = distributed.Vote(run.mesh)
         if vote.decide(stop.received is not None):
             raise stop.error(f"stopped before step {start + 1} - start the same command again")
@@ -121,7 +121,7 @@ def _train(cfg: RunConfig, folder: Path, stop: StopSignal, watchdog: Watchdog) -
             watchdog.stop()
             if last or not stopping and _every(step, cfg.eval.every_steps):
                 meter.flush()
-                held_out.measure(step, state.trainable)
+                held_out.measure(step, state.learnt)
                 meter.restart_clock()
             if last or stopping or _every(step, cfg.checkpoint.every_steps):
                 meter.flush()
@@ -135,10 +135,10 @@ def _train(cfg: RunConfig, folder: Path, stop: StopSignal, watchdog: Watchdog) -
                 )
         if start >= num_steps:
             log.say(f"already at step {start} of {num_steps}: nothing left to train")
-            held_out.measure(start, state.trainable)
+            held_out.measure(start, state.learnt)
         paths = {"metrics": log.path, "checkpoints": store.folder, **log.plot()}
-        paths |= held_out.answer(num_steps, state.trainable)
-        paths |= write_results(run, {**frozen, **state.trainable}, tokenizer, folder)
+        paths |= held_out.answer(num_steps, state.learnt)
+        paths |= write_results(run, {**frozen, **state.learnt}, tokenizer, folder)
         metrics = {**meter.last, **held_out.last, "failed_saves": float(store.failed_saves)}
     return Result(num_steps, metrics, paths)
 
@@ -233,9 +233,9 @@ def _report(
     if not process.is_first():
         return
     cfg, policy = run.config, run.policy
-    trainable, frozen = tree.count(run.trainable), tree.count(run.frozen)
+    trained, total = tree.count(run.trainable), tree.count(run.variables)
     info(config.to_json(cfg).rstrip())
-    info(f"model: {run.checkpoint.name}, {trainable + frozen:,} parameters, {trainable:,} trained")
+    info(f"model: {run.checkpoint.name}, {total:,} parameters, {trained:,} trained")
     info(
         f"computed in {policy.compute_dtype}, attention {policy.attention}, "
         f"layers {policy.layers}, remat {policy.remat}, "
@@ -272,7 +272,7 @@ def warn_of_changes(cfg: RunConfig, before: Path) -> None:
     except (OSError, ConfigError):  # moved here without its config, or of another version
         return
     sizes = ("num_steps", "num_epochs", "micro_batch_size", "gradient_accumulation_steps")
-    fields = [("train", name) for name in sizes]
+    fields = [("train", name) for name in (*sizes, "neftune_alpha")]
     fields += [("data", "max_seq_len"), *(("mesh", name) for name in cfg.mesh.axes())]
     changes = []
     for section, name in fields:

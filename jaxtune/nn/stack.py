@@ -16,6 +16,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jaxtune.nn.params import Policy, SharedConstant
+from jaxtune.nn.turns import is_rows, scan_some
 from jaxtune.sharding import pipeline
 
 # From the fastest to the leanest; "offload" keeps what "dots" keeps, in host memory.
@@ -82,6 +83,12 @@ def scan_layers(
     """
     parts = (nnx.split(blocks, SharedConstant, ...) for blocks in stacks)
     graphdefs, shared, params = zip(*parts, strict=True)
+    if any(is_rows(leaf) for leaf in jax.tree.leaves(params, is_leaf=is_rows)):
+
+        def some(x: jax.Array, params: Any, rows: Any) -> jax.Array:
+            return apply(nnx.merge(graphdefs[0], shared[0], params), kinds[0], x, rows, None)[0]
+
+        return scan_some(some, x, params[0], rows), [None]
     given = list(zip(params, [None] * len(stacks) if caches is None else caches, strict=True))
     if policy.mesh is not None and _is_staged(params, policy.mesh):
 

@@ -13,7 +13,7 @@ kernel, galore 8 R / S + 4 R / X, galore8bit 2.03 R / S + 4 R / X, apollo 8 R / 
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
@@ -26,6 +26,7 @@ from jaxtune.optim.apply import Apply, apply_by_layer, apply_whole
 from jaxtune.optim.groups import rate_factors
 from jaxtune.optim.low_rank import scale_by_apollo, scale_by_galore
 from jaxtune.optim.muon import scale_by_muon
+from jaxtune.optim.restart import restart
 from jaxtune.optim.schedules import make_schedule
 from jaxtune.schema import Optim
 
@@ -121,7 +122,12 @@ def _decays(config: Optim, b1: float, b2: float) -> tuple[float, float]:
 
 
 def make_optimizer(
-    config: Optim, schedule: optax.Schedule, axes: Axes
+    config: Optim,
+    schedule: optax.Schedule,
+    axes: Axes,
+    *,
+    restarted: Collection[str] = (),
+    every: int = 1,
 ) -> optax.GradientTransformation:
     """Clipping by global norm, then a row of `OPTIMIZERS` with decoupled weight decay.
 
@@ -132,13 +138,18 @@ def make_optimizer(
         config: numbers of the optimizer.
         schedule: learning rate by step.
         axes: of each parameter, by name.
+        restarted: parameters whose direction begins anew, because they are those of other layers.
+        every: steps after which that happens.
     """
+    direction = OPTIMIZERS[config.name](config, axes)
+    if restarted:
+        direction = restart(direction, restarted, every)
 
     def is_matrix(params: Any) -> dict[str, bool]:
         return {name: len(axes[name]) >= 2 for name in params}
 
     parts = [
-        OPTIMIZERS[config.name](config, axes),
+        direction,
         optax.add_decayed_weights(config.weight_decay, is_matrix),
         optax.scale_by_learning_rate(schedule),
     ]

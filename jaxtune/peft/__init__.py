@@ -18,12 +18,14 @@ from jaxtune import quant
 from jaxtune.errors import ConfigError
 from jaxtune.nn.linear import layer_names, linears
 from jaxtune.peft import (
+    badam,
     beside,
     bitfit,
     dora,
     freeze,
     full,
     ia3,
+    lisa,
     llama_pro,
     loha,
     lokr,
@@ -34,7 +36,7 @@ from jaxtune.peft import (
     patterns,
     vera,
 )
-from jaxtune.peft.base import Adapters, common
+from jaxtune.peft.base import Adapters, Turns, common
 from jaxtune.peft.targets import Targets, choose
 from jaxtune.quant import QArray
 from jaxtune.tree import flatten
@@ -43,6 +45,7 @@ __all__ = [
     "METHODS",
     "Adapters",
     "Targets",
+    "Turns",
     "attach",
     "choose",
     "choose_adapters",
@@ -55,6 +58,7 @@ __all__ = [
     "segments",
     "seed",
     "trained",
+    "turns",
     "unread",
     "value_from_kernel",
 ]
@@ -74,6 +78,8 @@ METHODS: Mapping[str, Any] = MappingProxyType(
         "freeze": freeze,
         "bitfit": bitfit,
         "llama_pro": llama_pro,
+        "lisa": lisa,
+        "badam": badam,
     }
 )
 
@@ -196,6 +202,27 @@ def origins(section: Any, num_layers: int) -> tuple[tuple[int, bool], ...]:
     if not hasattr(method, "origins"):
         return ()
     return method.origins(num_layers, _options(section, method.READS[0]))
+
+
+def turns(section: Any, num_layers: int, seed: int) -> Turns | None:
+    """How layers train in turn; None if all that train do so all the time.
+
+    Raises:
+        ConfigError: there are not that many layers.
+    """
+    method = METHODS[section.method]
+    if not hasattr(method, "active"):
+        return None
+    config = _options(section, method.READS[0])
+    if config.active_layers > num_layers:
+        raise ConfigError(
+            f"config.peft.active_layers={config.active_layers}: the model has {num_layers} layers"
+        )
+
+    def active(turn: Any) -> Any:
+        return jnp.sort(method.active(turn, num_layers, config, seed))
+
+    return Turns(config.active_layers, config.switch_steps, active)
 
 
 def attach(model: Any, adapters: Adapters) -> None:

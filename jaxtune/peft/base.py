@@ -15,6 +15,7 @@ and one that trains some layers may have
     segments   number of layers -> sizes of the stacks into which it cuts them, so that each trains
                as a whole or not at all
     origins    number of the base's layers -> the layers of a deeper model
+    active     number of a turn -> the layers that train in it, if not all that are `trained` do
 
 A method that attaches something also has
 
@@ -34,10 +35,6 @@ where it needs them
     from_kernel   a layer's kernel -> the variables named by FROM_KERNEL, at first
     fixed         the knobs of a layer -> tensors of the folder that follow from them
     SHARED        names of variables that have no layer axis (`SharedConstant`)
-
-and one that attaches nothing
-
-    trained    names of the base's parameters -> those that train
 
 Variables that train are `AdapterParam`, others `AdapterConstant`; those of a stack of layers have
 a leading axis. Layers of a stack that are not adapted have a constant of 0 which makes them the
@@ -77,6 +74,21 @@ class Adapters:
     choice: Choice
     saved: frozenset[str] = frozenset()
     biases: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Turns:
+    """Layers that train in turn.
+
+    Attributes:
+        layers: K, how many at a time.
+        steps: optimizer steps of a turn.
+        active: number of the turn, int32 -> its layers, int32 [K], ascending.
+    """
+
+    layers: int
+    steps: int
+    active: Callable[[jax.Array], jax.Array]
 
 
 class Tensor(NamedTuple):

@@ -174,13 +174,17 @@ def plan(cfg: RunConfig, topology: str, devices: list[Any]) -> Plan:
     """
     run = described(cfg, devices)
     schedule = optim.make_schedule(cfg.optim, cfg.train.num_steps or 1)
-    tx = optim.make_optimizer(cfg.optim, schedule, build.trained_axes(run))
+    tx = build.make_optimizer(run, schedule)
     start = time.monotonic()
     run, compiled = fit.compiled_step(run, tx, schedule)
     seconds = time.monotonic() - start
     memory = compiled.memory_analysis()
     state = build.abstract_state(run, tx)
-    parts = {"weights": run.frozen, "adapters": run.trainable, "optimizer": state.opt_state}
+    parts = {
+        "weights": run.frozen | run.in_turn,
+        "adapters": run.trainable,
+        "optimizer": state.opt_state,
+    }
     accumulation, rows, length = fit.abstract_batch(run).tokens.shape
     tokens = accumulation * rows * length
     model_flops = run.flops_per_token(length) * tokens
@@ -200,7 +204,7 @@ def plan(cfg: RunConfig, topology: str, devices: list[Any]) -> Plan:
         micro_batch_size=cfg.train.micro_batch_size,
         gradient_accumulation_steps=accumulation,
         remat=run.policy.remat,
-        parameters=tree.count(run.frozen) + tree.count(run.trainable),
+        parameters=tree.count(run.variables),
         trained=tree.count(run.trainable),
         **{name: shard_bytes(part) for name, part in parts.items()},
         host=memory.host_argument_size_in_bytes,

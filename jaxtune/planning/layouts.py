@@ -125,7 +125,7 @@ def _forecast(run: build.Run, layout: Layout, chip: Chip) -> Forecast:
     steps, length = layout.gradient_accumulation_steps, run.config.data.max_seq_len
     tokens = layout.micro_batch_size * length // mesh["sequence"]
     size = jnp.dtype(run.policy.compute_dtype).itemsize
-    weights, trained = shard_bytes(run.frozen), shard_bytes(run.trainable)
+    weights, trained = shard_bytes(run.frozen | run.in_turn), shard_bytes(run.trainable)
     whole = weights * gathered  # of a tensor shard
     outputs = 2 * (c.num_heads + c.num_kv_heads) * c.head_dim + 2 * c.intermediate_size
     layer = tokens * size * (outputs / tensor + 2 * c.hidden_size)

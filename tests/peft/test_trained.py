@@ -87,6 +87,18 @@ def test_the_same_trains_in_an_unrolled_model(options: dict[str, Any]):
     assert tree.count(unrolled.trainable) == tree.count(scanned.trainable)
 
 
+def test_flops_are_counted_from_the_first_trained_layer_on():
+    """tiny:llama has 9216 weights in a layer's matrices and 259 x 32 in its head."""
+    layer, head = 9216, 259 * 32
+    for options, expected in (
+        ({"method": "full"}, 6 * (3 * layer + head)),
+        ({"method": "freeze", "trainable_layers": 1}, 2 * 2 * layer + 6 * layer + 4 * head),
+        ({"method": "freeze", "trainable_layers": -1}, 6 * layer + 4 * (2 * layer + head)),
+        ({"method": "badam", "active_layers": 1}, 6 * layer + 4 * (2 * layer + head)),
+    ):
+        assert describe(**options).flops_per_token(0) == expected, options
+
+
 def test_bitfit_trains_the_biases():
     run = describe(method="bitfit")
     assert {name.rsplit(".", 1)[1] for name in run.trainable} == {"bias"}

@@ -68,7 +68,7 @@ def measure(case: str) -> dict[str, Any]:
     checkpoint = open_checkpoint(cfg.model.path)
     run = build.describe(cfg, make_mesh(cfg.mesh.axes(), devices), checkpoint)
     schedule = optim.make_schedule(cfg.optim, 1)
-    tx = optim.make_optimizer(cfg.optim, schedule, build.trained_axes(run))
+    tx = build.make_optimizer(run, schedule)
     run, compiled = fit.compiled_step(run, tx, schedule)
     planned = fit.planned_bytes(compiled) * len(devices)
     shape = fit.abstract_batch(run).tokens.shape

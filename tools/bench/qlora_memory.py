@@ -58,7 +58,7 @@ def compile_row(row: dict[str, Any], dumps: Path) -> dict[str, Any]:
     checkpoint = open_description("llama:8b")
     run = build.describe(config.resolve(tree), grid, checkpoint)
     schedule = optim.make_schedule(run.config.optim, 1000)
-    tx = optim.make_optimizer(run.config.optim, schedule, build.trained_axes(run))
+    tx = build.make_optimizer(run, schedule)
     state = build.abstract_state(run, tx)
     shardings = build.shardings(state)
     step = make_train_step(run.skeleton, run.objective, tx, schedule, 0, shardings)
