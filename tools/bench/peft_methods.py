@@ -65,7 +65,7 @@ def measure(method: str, steps: int, folder: Path) -> Measured:
 
 def main() -> None:
     """Measures the methods one after the other and prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--steps", type=int, default=60, help="optimizer steps of each method")
     parser.add_argument("--out", type=Path, required=True, help="new folder for the runs")
     parser.add_argument("--methods", default=",".join(OPTIONS), help="separated by commas")
