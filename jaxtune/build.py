@@ -116,6 +116,7 @@ class Run:
         trained weights only. Attention over a causal row of `length` tokens sees half of it on
         average.
         """
+        length = min(length, self.config.train.attention_group or length)
         c = self.model_config
         matrices = {n: s for n, s in self.variables.items() if _is_matrix(n)}
         weights = tree.count(matrices)
@@ -129,7 +130,7 @@ class Run:
     def _depth(self, name: str) -> int:
         """The number of a parameter's stack; -1 before the layers, their count behind them."""
         stack, _ = hf.split_path(name)
-        outside = -1 if name.startswith("embed.") else len(self.stacks)
+        outside = -1 if name.startswith(("embed.", "prefix.")) else len(self.stacks)
         return outside if stack is None else stack
 
 

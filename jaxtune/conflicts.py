@@ -3,7 +3,7 @@
 import re
 
 from jaxtune.errors import nearest
-from jaxtune.schema import FETCHING, QUANT_FORMATS, Quant, RunConfig
+from jaxtune.schema import FETCHING, PROMPTS, QUANT_FORMATS, Quant, RunConfig
 
 # Methods that train the model's own weights.
 WHOLE = ("full", "freeze", "bitfit", "llama_pro", "lisa", "badam")
@@ -78,7 +78,7 @@ def contradictions(config: RunConfig) -> list[str]:
         problems.append("config.data.max_source_len must be below max_seq_len - answers need room")
     if c.data.template == "none" and c.data.enable_thinking is not None:
         problems.append("config.data.enable_thinking needs a chat template - unset data.template")
-    problems += _unread(c)
+    problems += _prompts(c) + _groups(c) + _unread(c)
     axes = c.mesh.axes()
     problems += [f"config.mesh.{name}=0: must be -1 or >= 1" for name, n in axes.items() if n == 0]
     if list(axes.values()).count(-1) > 1:
@@ -151,6 +151,82 @@ def _bad_formats(quant: Quant) -> list[str]:
     return problems
 
 
+def _groups(c: RunConfig) -> list[str]:
+    """Sizes of attention groups that cannot be shifted, or are whole rows."""
+    problems, group = [], c.train.attention_group
+    if group % 2:
+        problems.append(
+            f"config.train.attention_group={group}: shifted groups begin half a group earlier - "
+            "use an even number"
+        )
+    if group >= c.data.max_seq_len:
+        problems.append(
+            f"config.train.attention_group={group} would change nothing: rows have "
+            f"{c.data.max_seq_len} tokens - use a quarter of them, or 0"
+        )
+    return problems
+
+
+def _prompts(c: RunConfig) -> list[str]:
+    """Options that do not go with a prefix or prompt, or with the way it starts."""
+    peft, problems = c.peft, []
+    if peft.method not in PROMPTS:
+        return problems
+    starts = {"prefix": ("random", "zero"), "prompt": ("random", "vocab", "text")}
+    allowed = starts.get(peft.method, ("random",))
+    if peft.prompt_init not in allowed:
+        problems.append(
+            f"config.peft.prompt_init={peft.prompt_init} is not for peft.method={peft.method} - "
+            f"choose {' or '.join(allowed)}"
+        )
+    if (peft.prompt_init == "text") != bool(peft.prompt_init_text):
+        problems.append("config.peft: prompt_init=text and prompt_init_text need each other")
+    if c.checkpoint.export_merged:
+        problems.append(
+            f"config.checkpoint.export_merged: peft.method={peft.method} changes no weights, so "
+            "there is nothing to merge - turn it off"
+        )
+    if peft.method == "prefix":
+        return problems + _prefix(c)
+    if peft.num_virtual_tokens > c.data.max_seq_len // 2:
+        problems.append(
+            f"config.peft.num_virtual_tokens={peft.num_virtual_tokens} takes more than half of "
+            f"data.max_seq_len={c.data.max_seq_len} - raise that, or use fewer"
+        )
+    if c.data.streaming:
+        problems.append(
+            f"config.data.streaming has no room for the virtual tokens of "
+            f"peft.method={peft.method} - turn it off, or use peft.method=prefix"
+        )
+    if c.data.cuts_examples or not c.data.isolated:
+        problems.append(
+            f"config.peft.method={peft.method} begins every example with virtual tokens - set "
+            "data.isolated=true and another data.packer than concat"
+        )
+    return problems
+
+
+def _prefix(c: RunConfig) -> list[str]:
+    """What does not go with keys and values before those of every layer."""
+    problems = []
+    if c.model.attention in ("splash", "cudnn"):
+        problems.append(
+            f"config.model.attention={c.model.attention} has no keys that all tokens see, which "
+            "peft.method=prefix adds - leave it at auto"
+        )
+    if c.mesh.sequence != 1:
+        problems.append(
+            f"config.mesh.sequence={c.mesh.sequence} cuts rows of tokens, before which "
+            "peft.method=prefix puts others - use mesh.fsdp, or peft.method=prompt"
+        )
+    if c.train.attention_group:
+        problems.append(
+            "config.train.attention_group: a prefix is outside of all groups - set it to 0, or "
+            "use peft.method=lora"
+        )
+    return problems
+
+
 def _unread(c: RunConfig) -> list[str]:
     """Fields that were set although another field makes sure that nobody reads them."""
     formats = {item.partition("=")[0] for item in c.quant.format}
@@ -162,6 +238,13 @@ def _unread(c: RunConfig) -> list[str]:
     projection = ("projection_rank", "projection_gap", "projection_scale")
     rules = (
         (c.peft.method in WHOLE, "model", ("offload_frozen",), whole),
+        (c.peft.encoder != "lstm", "peft", ("encoder_num_layers",), "only encoder=lstm has them"),
+        (
+            c.peft.method == "prefix" and not c.peft.prefix_projection,
+            "peft",
+            ("encoder_hidden_size",),
+            "needs prefix_projection=true",
+        ),
         (formats <= {"int8"}, "quant", ("block_size",), "no format of quant.format has blocks"),
         (not formats & {"nf4", "fp4"}, "quant", ("double_quant",), "only nf4 and fp4 have it"),
         (c.data.packing, "data", ("pad_to",), "data.packing fills rows of max_seq_len"),

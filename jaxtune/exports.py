@@ -3,15 +3,26 @@
 from pathlib import Path
 from typing import Any
 
-from jaxtune.build import Run, quantized_kernels
+import jax
+import numpy as np
+
+from jaxtune import peft
+from jaxtune.build import Run, adapter_variables, quantized_kernels
 from jaxtune.checkpoint.adapter import save_adapter
+from jaxtune.checkpoint.adapter_prompt import save_prompt
 from jaxtune.checkpoint.hf_save import save_model
+from jaxtune.distributed import to_host
+from jaxtune.errors import ConfigError
 from jaxtune.tree import Params
 
 
 def write_adapter(run: Run, params: Params, folder: Path) -> None:
     """Writes the adapter of a run that has one as a PEFT folder."""
     assert run.adapters is not None
+    if peft.is_prompt(run.adapters.method):
+        base, revision = run.checkpoint.name, run.config.model.revision
+        save_prompt(folder, _table(run, params), run.adapters, base=base, revision=revision)
+        return
     save_adapter(
         folder,
         params,
@@ -22,6 +33,16 @@ def write_adapter(run: Run, params: Params, folder: Path) -> None:
         base=run.checkpoint.name,
         revision=run.config.model.revision,
     )
+
+
+def _table(run: Run, params: Params) -> np.ndarray:
+    """The prompt as PEFT stores it, made by its network if it has one."""
+    assert run.adapters is not None
+    method = peft.METHODS[run.adapters.method]
+    shapes = run.skeleton.abstract()
+    own = {name: params[name] for name in adapter_variables(run.skeleton)}
+    table = jax.jit(lambda own: method.table(run.skeleton.model(shapes | own)))(own)
+    return to_host(table).astype(np.float32, copy=False)
 
 
 def write_merged(
@@ -41,6 +62,11 @@ def write_merged(
     Frozen base weights are copied from the base's files: those in memory may be rounded. Quantized
     ones are those in memory unless `checkpoint.merge_base` says original.
     """
+    if run.adapters is not None and peft.is_prompt(run.adapters.method):
+        raise ConfigError(
+            f"peft.method={run.adapters.method} changes no weights, so there is nothing to merge - "
+            "use the adapter folder"
+        )
     learnt = set(run.trainable)
     if run.config.checkpoint.merge_base == "dequantized":
         learnt |= quantized_kernels(run)

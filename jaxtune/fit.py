@@ -21,7 +21,7 @@ from jaxtune.nn.stack import REMAT
 from jaxtune.schema import FETCHING
 from jaxtune.sharding import pipeline, rules
 from jaxtune.sharding.mesh import has_host_memory, own_device
-from jaxtune.step import TrainStep, make_train_step
+from jaxtune.step import Metrics, Objective, TrainStep, make_train_step
 
 # Of a device's memory, what a program may plan with; the rest is for the runtime and fragments.
 USABLE = 0.95
@@ -155,6 +155,16 @@ def planned_bytes(compiled: Any) -> int:
     return live + plan.temp_size_in_bytes + plan.generated_code_size_in_bytes
 
 
+def training_objective(run: build.Run) -> Objective:
+    """The objective as a training step computes it, where tokens may see less of a row."""
+
+    def objective(model: Any, batch: Any) -> tuple[jax.Array, Metrics]:
+        model.attention_group = run.config.train.attention_group
+        return run.objective(model, batch)
+
+    return objective
+
+
 def _step(run: build.Run, tx: optax.GradientTransformation, schedule: optax.Schedule) -> Any:
     shardings = build.shardings(build.abstract_state(run, tx))
     seed = run.config.train.seed
@@ -162,7 +172,15 @@ def _step(run: build.Run, tx: optax.GradientTransformation, schedule: optax.Sche
     apply = optim.make_apply(run.config.optim, build.trained_axes(run), stages)
     gradients = build.gradient_shardings(run)
     return make_train_step(
-        run.skeleton, run.objective, tx, schedule, seed, shardings, apply, gradients, run.turns
+        run.skeleton,
+        training_objective(run),
+        tx,
+        schedule,
+        seed,
+        shardings,
+        apply,
+        gradients,
+        run.turns,
     )
 
 

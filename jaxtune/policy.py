@@ -46,6 +46,8 @@ def resolve_policy(config: RunConfig, model_config: Any, mesh: Mesh) -> Policy:
             f"config.data.max_seq_len={length}: the model has learned {model_config.max_positions} "
             "positions - use as many or fewer"
         )
+    if config.train.attention_group:
+        _require_halves(model_config, config.train.attention_group)
     for name in ("attention", "matmul", "cross_entropy"):
         needed = _PLATFORMS.get(getattr(model, name), platform)
         if needed != platform:
@@ -101,6 +103,16 @@ def _segments(config: RunConfig, model_config: Any, mesh: Mesh) -> dict[str, Any
             "their kinds do not repeat - leave it at auto"
         )
     return {"layers": "unroll"}
+
+
+def _require_halves(model_config: Any, group: int) -> None:
+    """Raises ConfigError if heads cannot be cut into two halves with key heads of their own."""
+    heads, key_heads = model_config.num_heads, model_config.num_kv_heads
+    if heads % 2 or (key_heads > 1 and key_heads % 2):
+        raise ConfigError(
+            f"config.train.attention_group={group} needs two halves of the heads, and the model "
+            f"has {heads} heads with {key_heads} key heads - set it to 0"
+        )
 
 
 def _cut_for_pipeline(config: RunConfig, model_config: Any, mesh: Mesh) -> dict[str, Any]:

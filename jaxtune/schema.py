@@ -15,6 +15,7 @@ DATA_FORMATS = (
     *("multiple_choice", "text", "document"),
     *("preference", "rejected", "ranked", "rated", "classified"),
 )
+PROMPTS = ("prefix", "prompt", "p_tuning")  # methods that change no weights
 QUANT_FORMATS = ("int8", "int8_block", "int4", "nf4", "fp4")
 
 
@@ -131,11 +132,13 @@ class Peft:
         "lora",
         "lora: low-rank adapters; dora: with trained norms; moslora: with a mixer; mora: square "
         "matrices; loha, lokr: products of small matrices; vera: vectors around random matrices; "
-        "ia3: factors of activations; oft: rotations; full: every parameter; freeze: the last or "
-        "first layers; bitfit: the biases; llama_pro: new layers between the old ones; lisa, "
-        "badam: a few layers at a time",
+        "ia3: factors of activations; oft: rotations; prefix: keys and values before those of "
+        "every layer; prompt: virtual tokens before every example; p_tuning: those of a network; "
+        "full: every parameter; freeze: the last or first layers; bitfit: the biases; llama_pro: "
+        "new layers between the old ones; lisa, badam: a few layers at a time",
         choices=(
             *("lora", "dora", "moslora", "mora", "loha", "lokr", "vera", "ia3", "oft"),
+            *("prefix", "prompt", "p_tuning"),
             *("full", "freeze", "bitfit", "llama_pro", "lisa", "badam"),
         ),
     )
@@ -204,6 +207,29 @@ class Peft:
     switch_steps: int = _field(
         50, "lisa, badam: optimizer steps after which other layers train", low=1
     )
+    num_virtual_tokens: int = _field(
+        20, "length P of a prefix or prompt; data.max_seq_len counts that of a prompt", low=1
+    )
+    prompt_init: str = _field(
+        "random",
+        "how a prefix or prompt starts: random (normal, as in PEFT); zero (prefix); vocab: the "
+        "embeddings of random tokens, text: those of prompt_init_text (prompt)",
+        choices=("random", "zero", "vocab", "text"),
+    )
+    prompt_init_text: str | None = _field(
+        None, "text whose embeddings, repeated or cut, a prompt starts as"
+    )
+    prefix_projection: bool = _field(
+        False, "make the prefix by a network while it is trained; false: P-tuning v2"
+    )
+    encoder: str = _field("mlp", "network of p_tuning", choices=("mlp", "lstm"))
+    encoder_hidden_size: int | None = _field(
+        None,
+        "hidden width of the network of p_tuning or prefix_projection; default: that of what it "
+        "makes",
+        low=1,
+    )
+    encoder_num_layers: int = _field(2, "layers of p_tuning's LSTM", low=1)
     adapter: str | None = _field(
         None, "Hugging Face PEFT folder from which training continues (its rank and alpha are used)"
     )
@@ -478,6 +504,13 @@ class Train:
         "width) (NEFTune; 5 to 15); 0: none",
         low=0.0,
         high=1e4,
+    )
+    attention_group: int = _field(
+        0,
+        "shifted sparse attention of LongLoRA while training: half of the heads see tokens of "
+        "their own group of so many (even) only, the others of groups shifted by half; "
+        "measurements and answers see all; 0: full attention",
+        low=0,
     )
     max_bad_steps: int = _field(
         5, "consecutive non-finite steps (each skipped) before the run stops", low=1

@@ -29,6 +29,7 @@ from jaxtune.held_out import HeldOut
 from jaxtune.log import Log, every_few_seconds, info, warn
 from jaxtune.meter import Meter
 from jaxtune.peers import Peers
+from jaxtune.peft import prompt
 from jaxtune.schema import Distributed, RunConfig
 from jaxtune.sharding.mesh import make_mesh
 from jaxtune.sharding.rules import batch_shards
@@ -90,7 +91,7 @@ def _train(cfg: RunConfig, folder: Path, stop: StopSignal, watchdog: Watchdog) -
         schedule = optim.make_schedule(cfg.optim, num_steps)
         tx = build.make_optimizer(run, schedule)
         run, train_step = fitted_step(run, tx, schedule)
-        state, frozen, start, position = _fill(run, tx, store)
+        state, frozen, start, position = _fill(run, tx, store, tokenizer)
         # Not before: a refused run must not replace the config of the run that is there.
         if process.is_first():
             if start > 0:
@@ -156,7 +157,11 @@ def _describe(
     )
     vocab_size = run.model_config.vocab_size
     train_set, held_out_set = data.load(
-        cfg.data, tokenizer, seed=cfg.train.seed, vocab_size=vocab_size
+        cfg.data,
+        tokenizer,
+        seed=cfg.train.seed,
+        vocab_size=vocab_size,
+        num_virtual_tokens=run.skeleton.model(run.skeleton.abstract()).num_virtual_tokens,
     )
     rows = cfg.train.micro_batch_size * batch_shards(mesh)
     batches = data.make_loader(
@@ -195,7 +200,9 @@ def _check_processes(
     distributed.check_same(facts)
 
 
-def _fill(run: build.Run, tx: Any, store: Store) -> tuple[TrainState, Params, int, dict | None]:
+def _fill(
+    run: build.Run, tx: Any, store: Store, tokenizer: Any
+) -> tuple[TrainState, Params, int, dict | None]:
     """State, frozen parameters, step and data position: of a checkpoint, or of the beginning."""
     resume, restored = run.config.checkpoint.resume, None
     if resume != "never":
@@ -207,10 +214,26 @@ def _fill(run: build.Run, tx: Any, store: Store) -> tuple[TrainState, Params, in
         values |= build.fill_adapter(run, values)
     frozen = {name: values[name] for name in run.frozen}
     if restored is None:
+        values |= _start_prompt(run, values, tokenizer)
         return build.initial_state(run, tx, values), frozen, 0, None
     step, state, position = restored
     info(f"resuming after step {step}")
     return state, frozen, step, position
+
+
+def _start_prompt(run: build.Run, values: Params, tokenizer: Any) -> Params:
+    """The virtual tokens, by name, if they start as embeddings (`peft.prompt.start_ids`)."""
+    config = run.adapters.config if run.adapters else None
+    if run.imported or not isinstance(config, prompt.Config) or config.prompt_init == "random":
+        return {}
+
+    def encode(text: str) -> list[int]:
+        return tokenizer(text).input_ids
+
+    ids = prompt.start_ids(config, run.model_config.vocab_size, encode, run.config.train.seed)
+    ((name, leaf),) = run.trainable.items()
+    start = jax.jit(lambda table: table[ids].astype(leaf.dtype), out_shardings=leaf.sharding)
+    return {name: start(values["embed.table"])}
 
 
 def _store(cfg: RunConfig, folder: Path) -> Store:
@@ -257,6 +280,8 @@ def _fingerprint(cfg: RunConfig) -> str:
     """Of the options that change what a step computes; a resume with others is warned of."""
     model = dataclasses.replace(cfg.model, offload_frozen=False)
     parts = (model, cfg.peft, cfg.objective, dataclasses.replace(cfg.optim, offload=False))
+    if cfg.train.attention_group:
+        parts += (cfg.train.attention_group,)
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 

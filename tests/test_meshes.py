@@ -19,6 +19,7 @@ from jaxtune import build
 from jaxtune.data import TokenBatch
 from jaxtune.data.batch import TokenRow
 from jaxtune.data.packing import stack_rows
+from jaxtune.fit import training_objective
 from jaxtune.quant import QArray
 from jaxtune.schema import Data, Mesh, Model, Peft, Quant, RunConfig, Train
 from jaxtune.sharding.mesh import make_mesh
@@ -40,6 +41,9 @@ METHODS = {
     "lora": RunConfig(peft=Peft(rank=8, alpha=8.0)),
     "int8": RunConfig(peft=Peft(rank=8, alpha=8.0), quant=Quant(format=("int8",))),
     "full": RunConfig(peft=Peft(method="full")),
+    "prefix": RunConfig(peft=Peft(method="prefix", num_virtual_tokens=8)),
+    "prompt": RunConfig(peft=Peft(method="prompt", num_virtual_tokens=2)),
+    "longlora": RunConfig(peft=Peft(rank=8, alpha=8.0), train=Train(attention_group=4)),
 }
 RATE = optax.constant_schedule(0.1)
 STEPS, ROWS, LENGTH = 5, 8, 32
@@ -102,7 +106,11 @@ def trained(
         mesh=mesh,
         model=Model(**{"layers": "scan", "remat": "full"} | model),
         data=Data(train=("rows.jsonl",), max_seq_len=LENGTH),
-        train=Train(micro_batch_size=ROWS // (mesh.data * mesh.fsdp), **train or {}),
+        train=dataclasses.replace(
+            METHODS[method].train,
+            micro_batch_size=ROWS // (mesh.data * mesh.fsdp),
+            **train or {},
+        ),
     )
     devices = jax.devices()[: math.prod(mesh.axes().values())]
     run = build.describe(config, make_mesh(mesh.axes(), devices), base())
@@ -120,7 +128,7 @@ def trained(
     places = build.shardings(build.abstract_state(run, tx))
     gradients = build.gradient_shardings(run)
     step = make_train_step(
-        run.skeleton, run.objective, tx, RATE, 0, places, gradient_shardings=gradients
+        run.skeleton, training_objective(run), tx, RATE, 0, places, gradient_shardings=gradients
     )
     state = build.initial_state(run, tx, values)
     frozen = {name: values[name] for name in run.frozen}

@@ -29,6 +29,7 @@ from jaxtune.checkpoint.adapter_config import (
     read_adapters,
     read_config,
 )
+from jaxtune.checkpoint.adapter_prompt import read_prompt
 from jaxtune.checkpoint.folder import replace_folder
 from jaxtune.checkpoint.fused import (
     Whole,
@@ -41,6 +42,7 @@ from jaxtune.checkpoint.fused import (
 from jaxtune.checkpoint.hf import Place, places, stored_shape
 from jaxtune.checkpoint.hf_save import write_json
 from jaxtune.checkpoint.safetensors import (
+    Location,
     read_along,
     read_header,
     read_tensor,
@@ -51,7 +53,7 @@ from jaxtune.checkpoint.tensors import TensorInfo
 from jaxtune.distributed import to_device, to_host
 from jaxtune.errors import ConfigError, WeightError, listing
 from jaxtune.models.base import Weight
-from jaxtune.peft import METHODS, Adapters
+from jaxtune.peft import METHODS, Adapters, is_prompt
 from jaxtune.peft.base import Tensor, common, padded, shapes
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -219,6 +221,10 @@ def load_adapter(
             that the base lacks, or tensors that are missing, extra, mis-shaped or not finite (all
             listed).
     """
+    method, fields = read_config(folder)
+    if is_prompt(method):
+        prompt = read_prompt(method, fields, _header(folder), base_params, stacks)
+        return Adapter(*prompt, _warnings(folder, fields, base))
     adapters = read_adapters(folder, base_params, weights, stacks)
     require_supported(adapters, weights)
     adapted = wholes(modules(weights, adapters, stacks), weights)
@@ -235,11 +241,25 @@ def load_adapter(
     for key, (path, index, _, row, *_) in beside.items():
         stack = params.setdefault(path, np.zeros(base_params[path].shape, np.float32))
         stack[... if index is None else index] = row.change.to_ours(arrays[key])
-    trained_on = read_config(folder)[1].get("base_model_name_or_path")
-    warnings = ()
-    if trained_on and Path(trained_on).name != Path(base).name:
-        warnings = (f"{folder} was trained on {trained_on!r}; it is used on {base!r}",)
-    return Adapter(adapters, params, warnings)
+    return Adapter(adapters, params, _warnings(folder, fields, base))
+
+
+def _warnings(folder: Path, fields: Mapping[str, Any], base: str) -> tuple[str, ...]:
+    """What looks wrong about an adapter of a base model, but may be meant."""
+    trained_on = fields.get("base_model_name_or_path")
+    if not trained_on or Path(trained_on).name == Path(base).name:
+        return ()
+    return (f"{folder} was trained on {trained_on!r}; it is used on {base!r}",)
+
+
+def _header(folder: Path) -> dict[str, Location]:
+    """The tensors of a PEFT folder."""
+    path = folder / WEIGHTS_FILE
+    if not path.exists():
+        for other in sorted(folder.iterdir()):
+            refuse_pickle(other)
+        raise WeightError(f"{folder} holds no {WEIGHTS_FILE} - copy the whole adapter folder")
+    return read_header(path)
 
 
 def _fixed(adapters: Adapters) -> dict[str, np.ndarray]:
@@ -263,12 +283,7 @@ def _read_tensors(
     Raises:
         WeightError: tensors are missing, extra, mis-shaped, not finite or not those of `fixed`.
     """
-    path = folder / WEIGHTS_FILE
-    if not path.exists():
-        for other in sorted(folder.iterdir()):
-            refuse_pickle(other)
-        raise WeightError(f"{folder} holds no {WEIGHTS_FILE} - copy the whole adapter folder")
-    in_file = read_header(path)
+    path, in_file = folder / WEIGHTS_FILE, _header(folder)
     arrays, problems = {}, []
     for key, size in sizes.items():
         if key not in in_file:
@@ -352,9 +367,9 @@ def first_values(
         if name in stored:
             found[name] = to_device(stored[name], where)
             continue
-        kernel = base[f"{name.split('.adapter.')[0]}.kernel"]
+        kernel = base.get(f"{name.split('.adapter.')[0]}.kernel")  # None: of no layer
         follow = functools.partial(peft.value_from_kernel, name, adapters)
-        if jax.eval_shape(follow, kernel) is not None:
+        if kernel is not None and jax.eval_shape(follow, kernel) is not None:
             found[name] = jax.jit(follow, out_shardings=where)(kernel)
         else:
             value = peft.initial_value(name, shapes[name].shape, adapters, stacks, seed)

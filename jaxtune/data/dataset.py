@@ -1,5 +1,6 @@
 """The whole way from files to tokenized rows, with everything that was left out counted."""
 
+import dataclasses
 import functools
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
@@ -115,7 +116,12 @@ class Dataset:
 
 
 def load(
-    cfg: Data, tokenizer: "PreTrainedTokenizerFast", *, seed: int, vocab_size: int
+    cfg: Data,
+    tokenizer: "PreTrainedTokenizerFast",
+    *,
+    seed: int,
+    vocab_size: int,
+    num_virtual_tokens: int = 0,
 ) -> tuple[Dataset | Stream, Dataset | None]:
     """Reads and tokenizes the training and held-out data, or finds them in the cache.
 
@@ -126,6 +132,8 @@ def load(
         tokenizer: with a chat template.
         seed: decides which rows `eval_fraction` holds out, and how sources are mixed.
         vocab_size: rows of the model's embedding table.
+        num_virtual_tokens: places of a prompt at the start of every example; max_seq_len counts
+            them too.
 
     Returns:
         The training set, and the held-out set if the config asks for one.
@@ -139,11 +147,15 @@ def load(
         raise ConfigError("data.train is empty - name at least one file of training data")
     chat_of(tokenizer)  # a template that cannot be used is named before files are read
     found, held_out_found = sources_of(cfg, "train"), sources_of(cfg, "eval")
-    held_out = _Sources(held_out_found, cfg, tokenizer, vocab_size) if held_out_found else None
+    cfg = dataclasses.replace(cfg, max_seq_len=cfg.max_seq_len - num_virtual_tokens)
+    tokenized = functools.partial(
+        _Sources, cfg=cfg, tokenizer=tokenizer, vocab_size=vocab_size, room=num_virtual_tokens
+    )
+    held_out = tokenized(held_out_found) if held_out_found else None
     measured = held_out and held_out.dataset(np.ones(len(held_out.is_bad), bool))
     if cfg.streaming:
         return open_stream(found, cfg, tokenizer, vocab_size), measured
-    train = _Sources(found, cfg, tokenizer, vocab_size)
+    train = tokenized(found)
     if measured is not None or not cfg.eval_fraction:
         return train.dataset(np.ones(len(train.is_bad), bool), seed), measured
     part = _held_out(~train.is_bad, cfg.eval_fraction, seed)
@@ -159,8 +171,9 @@ class _Sources:
         cfg: Data,
         tokenizer: "PreTrainedTokenizerFast",
         vocab_size: int,
+        room: int,
     ):
-        self._found, self._cfg = found, cfg
+        self._found, self._cfg, self._room = found, cfg, room
         self._tokenizer = cache.tokenizer_identity(tokenizer)
         self._made = cache.tokenized(
             found, cfg, tokenizer, lambda folder: _write(folder, found, cfg, tokenizer)
@@ -198,7 +211,7 @@ class _Sources:
             names = ", ".join(source.name for source in self._found)
             raise DataError(f"{names}: no usable row{_why_none(stats)}")
         return Dataset(
-            rows=chosen,
+            rows=dataclasses.replace(chosen, room=self._room),
             fingerprint=self._fingerprint(part),
             tokenizer=self._tokenizer,
             stats=stats,

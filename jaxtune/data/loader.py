@@ -123,7 +123,7 @@ class Loader:
         return self._plan[1]
 
     def _make_plan(self, epoch: int) -> Plan:
-        lengths = self.dataset.rows.lengths
+        lengths = self.dataset.rows.lengths + self.dataset.rows.room
         order = list(range(len(lengths)))
         if self.cfg.shuffle:
             order = np.random.default_rng([self.seed, epoch]).permutation(len(order)).tolist()

@@ -52,12 +52,14 @@ class TokenTable:
         tokens, trained: int32 and bool [N], of all rows.
         starts: int64 [R], where each row begins in them.
         lengths: int64 [R], tokens of each row.
+        room: places of a prompt before each row, which the arrays do not hold.
     """
 
     tokens: np.ndarray
     trained: np.ndarray
     starts: np.ndarray
     lengths: np.ndarray
+    room: int = 0
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -65,7 +67,11 @@ class TokenTable:
     def __getitem__(self, index: int) -> TokenRow:
         start = self.starts[index]
         stop = start + self.lengths[index]
-        return TokenRow(self.tokens[start:stop], self.trained[start:stop])
+        row = TokenRow(self.tokens[start:stop], self.trained[start:stop])
+        if not self.room:
+            return row
+        room = np.zeros(self.room, np.int32)
+        return TokenRow(np.append(room, row.tokens), np.append(room > 0, row.trained))
 
     def select(self, rows: np.ndarray) -> "TokenTable":
         """The table of some rows, given as bool [R] or indices."""

@@ -22,8 +22,9 @@ class Batch(NamedTuple):
 
     Attributes:
         indices: of the prompts in the request; there may be fewer than rows.
-        tokens: int32 [B, T], padded on the left; a row without a prompt is all padding.
-        pad: int32 [B], padding before each prompt.
+        tokens: int32 [B, T], padded on the left, room for virtual tokens before each prompt; a row
+            without a prompt is all padding.
+        pad: int32 [B], padding before each prompt and its virtual tokens.
         limit: int32 [B], new tokens allowed.
         new_slots: room for new tokens, at least every limit.
     """
@@ -44,15 +45,15 @@ def check_ids(ids: Any, name: str, config: Any) -> None:
         )
 
 
-def check_prompts(prompts: Sequence[Sequence[int]], config: Any) -> None:
+def check_prompts(prompts: Sequence[Sequence[int]], model: Any) -> None:
     """Refuses with a ConfigError what the model cannot read."""
     for i, prompt in enumerate(prompts):
         if not len(prompt):
             raise ConfigError(f"prompt {i} has no tokens - give each prompt some text")
-        check_ids(prompt, f"prompt {i}", config)
-        if len(prompt) >= config.max_positions:
+        check_ids(prompt, f"prompt {i}", model.config)
+        if len(prompt) >= model.max_tokens:
             raise ConfigError(
-                f"prompt {i} has {len(prompt)} tokens, the model {config.max_positions} positions "
+                f"prompt {i} has {len(prompt)} tokens, the model {model.max_tokens} positions "
                 "- shorten the prompt"
             )
 
@@ -65,13 +66,14 @@ def make_batches(
     Args:
         prompts: token ids.
         max_new_tokens: for each prompt, if the model has as many positions left.
-        model: gives `config.max_positions` and the size of a cache.
+        model: gives `max_tokens`, `num_virtual_tokens` and the size of a cache.
         row_multiple: the number of rows is a multiple of it.
     """
     if not prompts:
         return []
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    slots = rounded_length(len(prompts[order[0]])) + rounded_length(max_new_tokens)
+    longest = model.num_virtual_tokens + len(prompts[order[0]])
+    slots = rounded_length(longest) + rounded_length(max_new_tokens)
     cache = jax.eval_shape(lambda: model.make_cache(1, slots))
     bytes_per_row = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
     max_rows = max(1, min(MAX_ROWS, MAX_CACHE_BYTES // bytes_per_row))
@@ -79,8 +81,7 @@ def make_batches(
     size = -(-len(order) // num_batches)
     num_rows = _round_up(_rounded_rows(size), row_multiple)
     parts = [order[start : start + size] for start in range(0, len(order), size)]
-    max_positions = model.config.max_positions
-    return [_pad(prompts, part, num_rows, max_new_tokens, max_positions) for part in parts]
+    return [_pad(prompts, part, num_rows, max_new_tokens, model) for part in parts]
 
 
 def _pad(
@@ -88,16 +89,16 @@ def _pad(
     indices: list[int],
     num_rows: int,
     max_new_tokens: int,
-    max_positions: int,
+    model: Any,
 ) -> Batch:
-    length = rounded_length(len(prompts[indices[0]]))
+    length = rounded_length(model.num_virtual_tokens + len(prompts[indices[0]]))
     tokens = np.zeros((num_rows, length), np.int32)
     pad = np.full(num_rows, length, np.int32)
     limit = np.zeros(num_rows, np.int32)
     for row, i in enumerate(indices):
-        pad[row] -= len(prompts[i])
-        tokens[row, pad[row] :] = prompts[i]
-        limit[row] = min(max_new_tokens, max_positions - len(prompts[i]))
+        pad[row] -= model.num_virtual_tokens + len(prompts[i])
+        tokens[row, -len(prompts[i]) :] = prompts[i]
+        limit[row] = min(max_new_tokens, model.max_tokens - len(prompts[i]))
     return Batch(indices, tokens, pad, limit, rounded_length(int(limit.max())))
 
 
@@ -115,9 +116,9 @@ def _round_up(value: int, step: int) -> int:
     return -(-value // step) * step
 
 
-def occurrences(batch: Batch, vocab_size: int) -> np.ndarray:
-    """Which tokens each prompt holds: bool [B, V]."""
+def occurrences(prompts: Sequence[Sequence[int]], batch: Batch, vocab_size: int) -> np.ndarray:
+    """Which tokens the prompt of each row holds: bool [B, V]."""
     seen = np.zeros((len(batch.tokens), vocab_size), np.bool_)
-    for row, (ids, start) in enumerate(zip(batch.tokens, batch.pad, strict=True)):
-        seen[row, ids[start:]] = True
+    for row, i in enumerate(batch.indices):
+        seen[row, prompts[i]] = True
     return seen

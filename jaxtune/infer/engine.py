@@ -50,7 +50,7 @@ class Rows:
 
     Attributes:
         cache: keys and values.
-        pad: int32 [B], padding before each prompt.
+        pad: int32 [B], padding before each prompt and its virtual tokens.
         limit: int32 [B], new tokens allowed.
         keys: a random key for each row, [B].
         token: int32 [B], the newest token, not yet in the cache.
@@ -135,14 +135,14 @@ def generate(
         raise ConfigError(f"max_new_tokens={max_new_tokens} - use 1 or more")
     program = _Program(skeleton, _mesh(params))
     model = skeleton.model(skeleton.abstract())
-    check_prompts(prompts, model.config)
+    check_prompts(prompts, model)
     row_multiple = 1 if program.mesh is None else rules.batch_shards(program.mesh)
     eos = np.array(sorted(eos_ids) or [-1], np.int32)
     results: list[list[int]] = [[] for _ in prompts]
     for batch in make_batches(prompts, max_new_tokens, model, row_multiple):
         logits, rows = _start(program, params, batch, seed)
         if sampling.repetition_penalty is not None:
-            seen = occurrences(batch, model.config.vocab_size)
+            seen = occurrences(prompts, batch, model.config.vocab_size)
             rows = dataclasses.replace(rows, seen=program.put(seen))
         rows = _first(rows, logits, sampling, eos)
         decode = functools.partial(_decode, program, params, sampling=sampling, eos=eos)
@@ -154,7 +154,7 @@ def generate(
 def score(
     skeleton: Skeleton, params: Mapping[str, Any], tokens: np.ndarray, mask: np.ndarray
 ) -> np.ndarray:
-    """Logits of every position, without a cache.
+    """Logits of every token (virtual ones left out), without a cache.
 
     Args:
         skeleton, params: as for `generate`.
@@ -170,13 +170,14 @@ def score(
     program = _Program(skeleton, _mesh(params))
     model = skeleton.model(skeleton.abstract())
     check_ids(tokens, "input_ids", model.config)
-    length = tokens.shape[1]
-    extra = ((0, 0), (0, rounded_length(length) - length))
-    tokens, mask = np.pad(tokens, extra), np.pad(mask, extra)
+    virtual, length = model.num_virtual_tokens, tokens.shape[1]
+    behind = rounded_length(virtual + length) - virtual - length
+    mask = np.pad(mask, ((0, 0), (virtual, 0)), constant_values=True)
+    tokens, mask = np.pad(tokens, ((0, 0), (virtual, behind))), np.pad(mask, ((0, 0), (0, behind)))
     logits = _score(program, params, program.put(tokens), program.put(mask))
     if program.mesh is not None:
         logits = _replicate(program.mesh)(logits)
-    return np.asarray(logits)[:, :length]
+    return np.asarray(logits)[:, virtual : virtual + length]
 
 
 def _mesh(params: Mapping[str, Any]) -> Mesh | None:

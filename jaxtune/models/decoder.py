@@ -15,7 +15,8 @@ from flax import nnx
 
 from jaxtune import ops
 from jaxtune.models.block import Block, BlockConfig, LayerKind, unchanged
-from jaxtune.nn.cache import KVCache, append
+from jaxtune.nn.attention import Segments, shifted_groups
+from jaxtune.nn.cache import KeysValues, KVCache, Past, append, prefixes
 from jaxtune.nn.embed import Embed
 from jaxtune.nn.linear import Linear
 from jaxtune.nn.norm import NORMS
@@ -55,7 +56,12 @@ class DecoderConfig(BlockConfig):
 
 
 class Decoder(nnx.Module):
-    """Tokens in, hidden states or logits out."""
+    """Tokens in, hidden states or logits out.
+
+    The slot `prefix` holds None or a module that gives the keys and values [L, P, K*H] which all
+    tokens see in each of the L layers. With an `attention_group` above 0, which a training step
+    sets, half of the heads attend in groups of so many tokens, the others in shifted ones.
+    """
 
     def __init__(
         self,
@@ -92,6 +98,19 @@ class Decoder(nnx.Module):
             self.lm_head = Linear(
                 *shape, axes=("embed", "vocab"), policy=policy, rngs=rngs, bias=c.head_bias
             )
+        self.prefix: Any = nnx.data(None)
+        self.attention_group = 0
+
+    @property
+    def num_virtual_tokens(self) -> int:
+        """Positions at the start of every example that its tokens leave to a prompt."""
+        return 0 if self.embed.prompt is None else self.embed.prompt.length
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens that an example may have: positions that no prefix and no prompt takes."""
+        taken = 0 if self.prefix is None else self.prefix.length
+        return self.config.max_positions - taken - self.num_virtual_tokens
 
     def hidden(
         self,
@@ -113,26 +132,34 @@ class Decoder(nnx.Module):
             [B, T, D] in the compute dtype, followed by a one if the head has a bias, and the new
             cache.
         """
+        segments, past = Segments(segment_ids, segment_ids), [Past() for _ in self.stacks]
+        slots = None
+        if self.attention_group:
+            segments = shifted_groups(positions, self.attention_group)
+        if self.prefix is not None:
+            positions = positions + self.prefix.length
+            past = [Past(prefix=found) for found in self._prefixes()]
         ropes = list(dict.fromkeys(kind.rope for kind in self.config.layer_kinds if kind.rope))
         tables = tuple(rope_table(positions, rope) for rope in ropes)
-        key_segments, caches, slots = segment_ids, None, None
         if cache is not None:
-            key_segments, caches = cache.segment_ids, list(zip(cache.k, cache.v, strict=True))
+            segments = Segments(segment_ids, cache.segment_ids)
+            kept = zip(past, cache.k, cache.v, strict=True)
+            past = [known._replace(cache=(k, v)) for known, k, v in kept]
             slots = jnp.broadcast_to(cache.length + jnp.arange(tokens.shape[1]), tokens.shape)
 
         def apply(
-            block: Any, kind: LayerKind, x: jax.Array, rows: tuple, layer_cache: Any
+            block: Any, kind: LayerKind, x: jax.Array, rows: tuple, past: Past
         ) -> tuple[jax.Array, Any]:
             tables, segments, slots = rows
             table = None if kind.rope is None else tables[ropes.index(kind.rope)]
-            return block(x, table, segments, layer_cache, slots=slots, window=kind.window)
+            return block(x, table, segments, past, slots=slots, window=kind.window)
 
         x = constrained(
             self._embedded(tokens, positions, segment_ids), OUTER_RESIDUAL, self.policy.mesh
         )
-        rows = (tables, (segment_ids, key_segments), slots)
+        rows = (tables, segments, slots)
         kinds = self.config.layer_kinds
-        x, new = scan_layers(self.layers, x, rows, apply, caches, self.policy, kinds)
+        x, new = scan_layers(self.layers, x, rows, apply, past, self.policy, kinds)
         if cache is not None and segment_ids is not None:
             # Once, after all layers: XLA copies a buffer that is read and written in one layer.
             length = cache.length
@@ -154,10 +181,16 @@ class Decoder(nnx.Module):
         c, x = self.config, self.embed(tokens, segment_ids)
         if c.embed_scale != 1:
             x = x * jnp.asarray(c.embed_scale, x.dtype)
+        x = self.embed.with_prompt(x, positions)
         if self.positions is not None:
             rows = positions + (c.position_rows - c.max_positions)
             x = x + self.positions(rows, segment_ids)
         return x if self.embed_norm is None else self.embed_norm(x)
+
+    def _prefixes(self) -> list[KeysValues]:
+        """The keys and values of every stack that its layers see before all tokens."""
+        dtype = self.policy.compute_dtype
+        return prefixes(self.prefix(), self.stacks, head_dim=self.config.head_dim, dtype=dtype)
 
     def head(self) -> tuple[jax.Array, bool]:
         """The output matrix, and whether it is [V, D] (a tied table) instead of [D, V]."""

@@ -1,11 +1,12 @@
-"""Grouped-query self-attention with an optional key/value cache.
+"""Grouped-query self-attention, with a prefix and a key/value cache if there are any.
 
 Positions come in by rotation (RoPE), by slopes (ALiBi), or are in the input already.
 """
 
+import dataclasses
 import functools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from jaxtune import ops
+from jaxtune.nn.cache import KeysValues, Past
 from jaxtune.nn.linear import Linear
 from jaxtune.nn.norm import NORMS
 from jaxtune.nn.params import Policy
@@ -51,6 +53,20 @@ class AttentionConfig:
     alibi: tuple[float, ...] | None = None
 
 
+class Segments(NamedTuple):
+    """Which tokens see each other: those of equal ids, earlier ones only. None: all are equal.
+
+    Attributes:
+        queries: int32 ids of the tokens [B, T].
+        keys: of the keys, which are the cached ones [B, S] if there is a cache.
+        shifted: ids [B, T] of tokens and keys for the second half of the heads; None: the same.
+    """
+
+    queries: jax.Array | None
+    keys: jax.Array | None
+    shifted: jax.Array | None = None
+
+
 class Attention(nnx.Module):
     """[B, T, D] -> [B, T, D] with N query heads and K key/value heads of size H."""
 
@@ -76,21 +92,20 @@ class Attention(nnx.Module):
         self,
         x: jax.Array,
         rope: Rotation | None,
-        segments: tuple[jax.Array | None, jax.Array | None],
-        cache: tuple[jax.Array, jax.Array] | None = None,
+        segments: Segments,
+        past: Past = Past(),  # noqa: B008
         *,
         slots: jax.Array | None = None,
         window: int | None = None,
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+    ) -> tuple[jax.Array, KeysValues | None]:
         """Attends causally within segments.
 
         Args:
             x: [B, T, D].
             rope: cosines and sines [B, T, 1, H], or fewer for a part of each head; None: heads are
                 not rotated.
-            segments: segment ids of the tokens [B, T] and of the keys, which are the cached ones
-                [B, S] if there is a cache; None: one segment.
-            cache: this layer's keys and values of earlier tokens, [B, K, S, H].
+            segments: which tokens see each other.
+            past: this layer's prefix and cache.
             slots: int32 [B, T], where in the cache the tokens will be, if there is one.
             window: see `Mask`.
 
@@ -101,10 +116,10 @@ class Attention(nnx.Module):
         q = self._heads(self.q_proj(x), self.q_norm)
         k = self._heads(self.k_proj(x), self.k_norm)
         v = self._heads(self.v_proj(x), None)
-        if cache is None:
+        if past.cache is None:
             attend = functools.partial(self._attend, segments=segments, window=window)
             y = (jax.checkpoint(attend) if self.policy.remat == "attention" else attend)(
-                q, k, v, rope
+                q, k, v, rope, past.prefix
             )
             new = None
         else:
@@ -114,8 +129,8 @@ class Attention(nnx.Module):
             y = ops.cached_attention(
                 q,
                 new,
-                cache,
-                segments=segments,  # pyright: ignore[reportArgumentType]
+                (past.prefix, past.cache),
+                segments=segments[:2],  # pyright: ignore[reportArgumentType]
                 slots=slots,
                 window=window,
                 softmax_dtype=self.policy.softmax_dtype,
@@ -137,18 +152,72 @@ class Attention(nnx.Module):
         k: jax.Array,
         v: jax.Array,
         rope: Rotation | None,
+        prefix: KeysValues | None,
         *,
-        segments: tuple[jax.Array | None, jax.Array | None],
+        segments: Segments,
         window: int | None,
     ) -> jax.Array:
-        mask = Mask(window=window, query_segments=segments[0], key_segments=segments[1])
+        mask = Mask(window=window, query_segments=segments.queries, key_segments=segments.keys)
         q, k = _rotated(q, rope), _rotated(k, rope)
-        return attend(q, k, v, mask, self.policy, **self._extras())
+        if prefix is not None:
+            k, v, mask = _behind(prefix, k, v, mask)
+        extras = self._extras()
+        if segments.shifted is None:
+            return attend(q, k, v, mask, self.policy, **extras)
+        shifted = Mask(
+            window=window, query_segments=segments.shifted, key_segments=segments.shifted
+        )
+        halves = []
+        for i, own in enumerate((mask, shifted)):
+            if self.config.alibi is not None:
+                extras["alibi"] = jnp.split(jnp.asarray(self.config.alibi, jnp.float32), 2)[i]
+            parts = [_half(x, i) for x in (q, k, v)]
+            halves.append(attend(parts[0], parts[1], parts[2], own, self.policy, **extras))
+        return jnp.concatenate(halves, axis=2)
 
     def _extras(self) -> dict[str, Any]:
         c = self.config
         slopes = None if c.alibi is None else jnp.asarray(c.alibi, jnp.float32)
         return {"scale": c.scale, "softcap": c.softcap, "alibi": slopes}
+
+
+def _half(x: jax.Array, i: int) -> jax.Array:
+    """The first or second half of the heads of [B, T, N, H]; a single one serves both."""
+    return x if x.shape[2] == 1 else jnp.split(x, 2, axis=2)[i]
+
+
+def shifted_groups(positions: jax.Array, size: int) -> Segments:
+    """Groups of LongLoRA's shifted sparse attention (Chen et al. 2023, arXiv 2309.12307, 3.2).
+
+    An example's tokens are cut into groups of `size`, for the second half of the heads into groups
+    that begin half a group earlier. As in the authors' flash code the first and the last of these
+    are shorter; joined, as in the paper's listing, tokens would see later ones.
+
+    Args:
+        positions: int32 [B, T], restarting in each packed example.
+        size: tokens of a group, even.
+    """
+    # A group is named after the place in the row where it begins.
+    starts = jnp.arange(positions.shape[1]) - positions
+    whole = starts + positions // size * size
+    half = size // 2
+    shifted = starts + jnp.maximum((positions + half) // size * size - half, 0)
+    return Segments(whole, whole, shifted)
+
+
+def _behind(
+    prefix: KeysValues, k: jax.Array, v: jax.Array, mask: Mask
+) -> tuple[jax.Array, jax.Array, Mask]:
+    """Keys and values [B, P + S, K, H] that begin with a prefix, and their mask."""
+    length = prefix[0].shape[0]
+    k, v = (
+        jnp.concatenate([jnp.broadcast_to(first, (len(x), *first.shape)), x], axis=1)
+        for first, x in zip(prefix, (k, v), strict=True)
+    )
+    segments = mask.key_segments
+    if segments is not None:
+        segments = jnp.pad(segments, ((0, 0), (length, 0)))
+    return k, v, dataclasses.replace(mask, prefix=length, key_segments=segments)
 
 
 def _rotated(x: jax.Array, rope: Rotation | None) -> jax.Array:

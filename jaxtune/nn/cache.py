@@ -1,10 +1,28 @@
-"""Keys and values of the tokens seen so far, for generation."""
+"""Keys and values from before a layer's tokens: a prefix, and the cache of earlier tokens."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
+
+KeysValues = tuple[jax.Array, jax.Array]
+
+
+class Past(NamedTuple):
+    """What a layer knows besides its tokens; for a stack of layers with a leading axis over them.
+
+    Attributes:
+        prefix: keys and values [P, K, H] that every query sees, whatever its segment and without
+            rotation; None: there are none.
+        cache: keys and values [B, K, S, H] of earlier tokens; None: there are none.
+    """
+
+    prefix: KeysValues | None = None
+    cache: KeysValues | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -47,3 +65,12 @@ class KVCache:
 def append(slots: jax.Array, new: jax.Array, length: jax.Array, axis: int) -> jax.Array:
     """Writes `new` into `slots`, which differ along `axis` only, from slot `length` on."""
     return jax.lax.dynamic_update_slice_in_dim(slots, new.astype(slots.dtype), length, axis)
+
+
+def prefixes(
+    found: KeysValues, stacks: Sequence[int], *, head_dim: int, dtype: DTypeLike
+) -> list[KeysValues]:
+    """The prefixes of all stacks, [n, P, K, H] each, from those of all layers [L, P, K*H]."""
+    heads = [x.astype(dtype).reshape(*x.shape[:2], -1, head_dim) for x in found]
+    keys, values = (jnp.split(x, np.cumsum(stacks[:-1])) for x in heads)
+    return list(zip(keys, values, strict=True))

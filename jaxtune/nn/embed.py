@@ -1,8 +1,9 @@
-"""Token embedding with a slot for noise; tied heads use its table too."""
+"""Token embedding with slots for noise and for virtual tokens; tied heads use its table too."""
 
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
@@ -10,7 +11,11 @@ from jaxtune.nn.params import Policy
 
 
 class Embed(nnx.Module):
-    """Rows of a table [V, D]."""
+    """Rows of a table [V, D].
+
+    The slot `prompt` holds None or a module that gives P virtual tokens [P, D]: they are what the
+    first P positions of every example hold, whatever ids stand there.
+    """
 
     def __init__(self, vocab_size: int, width: int, *, policy: Policy, rngs: nnx.Rngs):
         normal = nnx.initializers.normal(0.02)
@@ -19,6 +24,14 @@ class Embed(nnx.Module):
             normal(rngs.params(), (vocab_size, width), policy.param_dtype), axes=("vocab", "embed")
         )
         self.noise: Any = nnx.data(None)
+        self.prompt: Any = nnx.data(None)
+
+    def with_prompt(self, x: jax.Array, positions: jax.Array) -> jax.Array:
+        """Embeddings [B, T, D] with the virtual tokens at the first positions [B, T], if any."""
+        if self.prompt is None:
+            return x
+        virtual = self.prompt().astype(x.dtype).at[positions].get(mode="fill", fill_value=0)
+        return jnp.where((positions < self.prompt.length)[..., None], virtual, x)
 
     def __call__(self, tokens: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
         """int32 [B, T] -> [B, T, D]. Ids must be below V: JAX clamps them silently."""

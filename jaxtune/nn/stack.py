@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
+from jaxtune.nn.cache import Past
 from jaxtune.nn.params import Policy, SharedConstant
 from jaxtune.nn.turns import is_rows, scan_some
 from jaxtune.sharding import pipeline
@@ -62,7 +63,7 @@ def scan_layers(
     x: jax.Array,
     rows: Any,
     apply: Callable[[Any, Any, jax.Array, Any, Any], tuple[jax.Array, Any]],
-    caches: Sequence[Any] | None,
+    past: Sequence[Past],
     policy: Policy,
     kinds: Sequence[Any],
 ) -> tuple[jax.Array, list[Any]]:
@@ -72,34 +73,34 @@ def scan_layers(
         stacks: blocks with leading layer axes.
         x: input of the first layer.
         rows: a tree of arrays [B, ...] that go with the rows of x.
-        apply: (block, its kind, x, rows, cache of the layer) -> (x, new cache of the layer).
-        caches: per stack, a tree with leading layer axes; None without a cache.
+        apply: (block, its kind, x, rows, past of the layer) -> (x, what to append to its cache).
+        past: of each stack, with leading layer axes; all with a cache, or none.
         policy: says what the backward pass recomputes, and over which stages layers are spread.
         kinds: of all layers, what is static about each; a loop's body has one layer of each until
             they repeat.
 
     Returns:
-        The last layer's output, and the new caches of each stack.
+        The last layer's output, and of each stack what to append to its cache.
     """
     parts = (nnx.split(blocks, SharedConstant, ...) for blocks in stacks)
     graphdefs, shared, params = zip(*parts, strict=True)
     if any(is_rows(leaf) for leaf in jax.tree.leaves(params, is_leaf=is_rows)):
 
         def some(x: jax.Array, params: Any, rows: Any) -> jax.Array:
-            return apply(nnx.merge(graphdefs[0], shared[0], params), kinds[0], x, rows, None)[0]
+            return apply(nnx.merge(graphdefs[0], shared[0], params), kinds[0], x, rows, Past())[0]
 
         return scan_some(some, x, params[0], rows), [None]
-    given = list(zip(params, [None] * len(stacks) if caches is None else caches, strict=True))
+    given = list(zip(params, past, strict=True))
     if policy.mesh is not None and _is_staged(params, policy.mesh):
 
         def stage(chunks: Any, turn: jax.Array, x: jax.Array, rows: Any) -> tuple[jax.Array, Any]:
             def layer(kind: Any, x: jax.Array, candidates: Any) -> tuple[jax.Array, Any]:
-                params, cache = _chosen(candidates, turn)
-                return apply(nnx.merge(graphdefs[0], shared[0], params), kind, x, rows, cache)
+                params, known = _chosen(candidates, turn)
+                return apply(nnx.merge(graphdefs[0], shared[0], params), kind, x, rows, known)
 
             return _in_turn(layer, x, chunks, policy.remat, kinds[: period(kinds)])
 
-        micro_batches = policy.micro_batches if caches is None else 1
+        micro_batches = policy.micro_batches if past[0].cache is None else 1
         return pipeline.run(stage, given, x, rows, mesh=policy.mesh, micro_batches=micro_batches)
     new_caches, first = [], 0
     for graphdef, same, stack in zip(graphdefs, shared, given, strict=True):
@@ -107,12 +108,12 @@ def scan_layers(
         def layer(
             kind: Any,
             x: jax.Array,
-            params_and_cache: tuple,
+            params_and_past: tuple,
             graphdef: Any = graphdef,
             same: Any = same,
         ) -> tuple:
-            params, cache = params_and_cache
-            return apply(nnx.merge(graphdef, same, params), kind, x, rows, cache)
+            params, known = params_and_past
+            return apply(nnx.merge(graphdef, same, params), kind, x, rows, known)
 
         here = kinds[first : first + jax.tree.leaves(stack)[0].shape[0]]
         first += len(here)

@@ -33,7 +33,10 @@ from jaxtune.peft import (
     mora,
     moslora,
     oft,
+    p_tuning,
     patterns,
+    prefix,
+    prompt,
     vera,
 )
 from jaxtune.peft.base import Adapters, Turns, common
@@ -52,6 +55,7 @@ __all__ = [
     "continued",
     "initial_value",
     "is_adapter",
+    "is_prompt",
     "layer_names",
     "linears",
     "origins",
@@ -74,6 +78,9 @@ METHODS: Mapping[str, Any] = MappingProxyType(
         "vera": vera,
         "ia3": ia3,
         "oft": oft,
+        "prefix": prefix,
+        "prompt": prompt,
+        "p_tuning": p_tuning,
         "full": full,
         "freeze": freeze,
         "bitfit": bitfit,
@@ -90,6 +97,11 @@ _OF_TRAINING = ("dropout",)
 def is_adapter(method: str) -> bool:
     """Whether the method attaches something to the model."""
     return hasattr(METHODS[method], "attach")
+
+
+def is_prompt(method: str) -> bool:
+    """Whether the method puts a prompt into a slot of the whole model."""
+    return hasattr(METHODS[method], "SLOT")
 
 
 def _options(section: Any, kind: type) -> Any:
@@ -121,6 +133,8 @@ def choose_adapters(model: Any, section: Any) -> Adapters:
     """
     method = METHODS[section.method]
     config = _options(section, method.READS[0])
+    if is_prompt(section.method):
+        return Adapters(section.method, config, {method.SLOT: (config,)})
     chosen = choose(model, _options(section, Targets)) if Targets in method.READS else {}
     layers = {
         name: linear.kernel.get_value().shape[-2:]
@@ -236,13 +250,14 @@ def initial_value(
     """First value of an adapter's variable; the same for a layer in whatever stack it is.
 
     Args:
-        name: path of the variable, `<linear>.adapter.<leaf>`.
+        name: path of the variable, `<linear>.adapter.<leaf>` or `<slot>.<leaf>`.
         shape: [n, ...] for a layer in a stack of n.
         adapters: the method and the adapted layers.
         stacks: sizes of the model's stacks.
         seed: with the layer's name, the seed of the random numbers.
     """
-    path, leaf = name.split(".adapter.")
+    path = next(path for path in adapters.choice if name.startswith(f"{path}."))
+    leaf = name.removeprefix(f"{path}.").removeprefix("adapter.")
     method, configs = METHODS[adapters.method], adapters.choice[path]
     if leaf in getattr(method, "SHARED", ()):
         return method.initial(leaf, shape, common(configs), np.random.default_rng(seed))
@@ -267,7 +282,7 @@ def value_from_kernel(name: str, adapters: Adapters, kernel: Any) -> jax.Array |
         kernel: [D_in, D_out], dense or quantized, or a stack of them, of which one at a time is
             decoded.
     """
-    method, leaf = METHODS[adapters.method], name.split(".adapter.")[1]
+    method, leaf = METHODS[adapters.method], name.rpartition(".adapter.")[2]
     if leaf not in getattr(method, "FROM_KERNEL", ()):
         return None
 

@@ -36,6 +36,14 @@ where it needs them
     fixed         the knobs of a layer -> tensors of the folder that follow from them
     SHARED        names of variables that have no layer axis (`SharedConstant`)
 
+or one that puts a prompt into a slot of the whole model
+
+    SLOT       path of the slot, the one entry of its `Choice`
+    table      a model -> the prompt, as the one tensor that PEFT stores
+    columns    of that tensor, by the base's parameters
+    from_table the inverse: variables of the slot, of the method FINISHED, which has no network
+    PEFT       as above
+
 Variables that train are `AdapterParam`, others `AdapterConstant`; those of a stack of layers have
 a leading axis. Layers of a stack that are not adapted have a constant of 0 which makes them the
 base: their variables get no gradient.
@@ -55,6 +63,7 @@ from jaxtune.nn.linear import Linear, linears
 from jaxtune.nn.params import AdapterConstant, AdapterParam, SeedKey
 
 # Linear path ("layers.0.attn.q_proj") -> for each layer of its stack its knobs; None: not adapted.
+# Of a method with a slot of the whole model: that slot's path -> its knobs, once.
 Choice = Mapping[str, tuple[Any, ...]]
 
 
@@ -65,7 +74,7 @@ class Adapters:
     Attributes:
         method: its name in `peft.METHODS`.
         config: its knobs, of which the last word on dropout is here.
-        choice: the adapted layers with knobs of their own; {} if the method chooses none.
+        choice: the adapted layers or the slot, with knobs of their own.
         saved, biases: parameters of the base that train beside it, by name.
     """
 
@@ -185,3 +194,30 @@ def dropped(x: jax.Array, rate: float, key: SeedKey) -> jax.Array:
     """Dropout: zero with probability `rate`, else divided by 1 - rate."""
     keep = jax.random.bernoulli(key.get_value(), 1 - rate, x.shape)
     return jnp.where(keep, x / (1 - rate), 0)
+
+
+# What PEFT writes of the model for every prompt, and finds out itself where it is missing.
+PROMPT_DEFAULTS = {
+    "modules_to_save": None,
+    "num_attention_heads": None,
+    "num_layers": None,
+    "num_transformer_submodules": 1,
+    "token_dim": None,
+}
+PROMPT_IGNORED = frozenset(("num_attention_heads", "num_layers", "token_dim"))
+
+
+def finished(config: Callable[..., Any], fields: Mapping[str, Any]) -> Any:
+    """The knobs of a finished prompt, by its adapter_config.json.
+
+    Args:
+        config: the method's `Config`.
+        fields: of adapter_config.json.
+
+    Raises:
+        ValueError: the number of virtual tokens is none.
+    """
+    count = fields.get("num_virtual_tokens")
+    if type(count) is not int or count < 1:
+        raise ValueError(f"num_virtual_tokens={count!r} is not a positive number")
+    return config(num_virtual_tokens=count)

@@ -1,11 +1,14 @@
-"""Attention of new tokens to a cache and to one another, for generation.
+"""Attention of new tokens to a prefix, to a cache and to one another, for generation.
 
-Scores against the cache and against the new tokens are computed apart and meet in one softmax, so
-the cache is only read: the caller appends to it once, after the last layer. Dense and float32.
+Scores against each are computed apart and meet in one softmax, so the cache is only read: the
+caller appends to it once, after the last layer. Dense and float32.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
 from jaxtune.ops.attention.mask import MASKED
@@ -14,7 +17,7 @@ from jaxtune.ops.attention.mask import MASKED
 def cached_attention(
     q: jax.Array,
     new: tuple[jax.Array, jax.Array],
-    cached: tuple[jax.Array, jax.Array],
+    past: tuple[tuple[jax.Array, jax.Array] | None, tuple[jax.Array, jax.Array]],
     *,
     segments: tuple[jax.Array, jax.Array],
     slots: jax.Array,
@@ -29,7 +32,8 @@ def cached_attention(
     Args:
         q: [B, T, N, H].
         new: keys and values of the same tokens, [B, K, T, H].
-        cached: keys and values of earlier tokens, [B, K, S, H].
+        past: keys and values [P, K, H] that every token sees, or None; keys and values of earlier
+            tokens, [B, K, S, H].
         segments: int32 ids of the new tokens [B, T] and of the cache [B, S]; a token sees keys of
             its own segment only.
         slots: int32 [B, T], where in the cache the new tokens will be.
@@ -39,6 +43,7 @@ def cached_attention(
     Returns:
         [B, T, N, H] in q's dtype.
     """
+    prefix, cached = past
     b, t, n, h = q.shape
     kv, s = cached[0].shape[1:3]
     query_segments, cached_segments = segments
@@ -59,16 +64,22 @@ def cached_attention(
         weights = weights.reshape(b, kv, -1, weights.shape[-1])
         return jnp.einsum("bkqs,bksh->bkqh", weights, values, preferred_element_type=jnp.float32)
 
-    before = scores(
-        cached[0],
-        query_segments[:, :, None] == cached_segments[:, None, :],
-        slots[:, :, None] - jnp.arange(s),
-    )
-    distance = slots[:, :, None] - slots[:, None, :]
+    before = query_segments[:, :, None] == cached_segments[:, None, :]
     own = query_segments[:, :, None] == query_segments[:, None, :]
-    among = scores(new[0], own & (distance >= 0), distance)
-    weights = jax.nn.softmax(jnp.concatenate([before, among], axis=-1), axis=-1)
-    weights = weights.astype(softmax_dtype)
-    y = mix(weights[..., :s], cached[1]) + mix(weights[..., s:], new[1])  # [B, K, G T, H]
+    distance = slots[:, :, None] - slots[:, None, :]
+    groups = [
+        (cached, before, slots[:, :, None] - jnp.arange(s)),
+        (new, own & (distance >= 0), distance),
+    ]
+    if prefix is not None:
+        length = len(prefix[0])
+        keys, values = (jnp.broadcast_to(x.swapaxes(0, 1), (b, kv, length, h)) for x in prefix)
+        everywhere = jnp.zeros((b, t, length), jnp.int32)
+        groups.append(((keys, values), everywhere == 0, everywhere))
+    dots = [scores(keys, sees, distance) for (keys, _), sees, distance in groups]
+    weights = jax.nn.softmax(jnp.concatenate(dots, axis=-1), axis=-1).astype(softmax_dtype)
+    parts = jnp.split(weights, np.cumsum([x.shape[-1] for x in dots[:-1]]), axis=-1)
+    mixed = [mix(part, values) for part, ((_, values), *_) in zip(parts, groups, strict=True)]
+    y = functools.reduce(jnp.add, mixed)  # [B, K, G T, H]
     y = y.reshape(b, kv, n // kv, t, h).transpose(0, 3, 1, 2, 4)
     return y.reshape(b, t, n, h).astype(q.dtype)
