@@ -268,7 +268,8 @@ def test_sizes_have_the_parameters_that_they_are_named_after(name: str):
         assert match is not None, size
         number = float(f"{match[1]}.{match[3]}" if match[3] else match[1])
         named = number * {"m": 1e6, "b": 1e9}[match[2]]
-        assert tree.count(skeleton.abstract()) == pytest.approx(named, rel=0.3), size
+        # Names are generous: OLMo 2 1B has 1.48 billion, Gemma 2 2B has 2.6.
+        assert tree.count(skeleton.abstract()) == pytest.approx(named, rel=0.5), size
 
 
 @pytest.mark.parametrize("name", models.FAMILIES)
