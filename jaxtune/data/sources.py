@@ -98,7 +98,8 @@ def _read_text_file(
             yield from read_array(place, file.read())
         else:
             yield from read_lines(place, file, max_line_bytes)
-    elif delimiter := csv_delimiter(head.decode("utf-8", "replace")):
+    # Prose has commas, too: longer texts that were asked for are no table.
+    elif text_rows == "line" and (delimiter := csv_delimiter(head.decode("utf-8", "replace"))):
         yield from read_csv(place, file, delimiter, max_line_bytes)
     elif named_json or not head:
         yield from read_lines(place, file, max_line_bytes)
