@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
+TOOLS_HINT = "tools need a template that prints them, as data.template=qwen2.5"
 PROBE = Example(
     (
         Message("user", "What is one and one?"),
@@ -96,7 +97,9 @@ class Chat:
                 **self.tokenizer.special_tokens_map,
             )
         except Exception as error:  # whatever a foreign program provokes is the row's problem
-            raise RowError("", f"the chat template refuses it: {error}") from error
+            has_tools = any(message.tool_calls for message in messages)
+            hint = f" ({TOOLS_HINT})" if has_tools else ""
+            raise RowError("", f"the chat template refuses it: {error}{hint}") from error
         return take_markers(text)
 
     def rows(self, example: Example, last_only: bool) -> list[Rendering]:
@@ -114,7 +117,7 @@ class Chat:
         rows = render_rows(messages, render, self.style, last_only)
         for tool in tools:
             if not all(tool["function"]["name"] in row.text for row in rows):
-                raise RowError("tools", "the chat template drops them - choose data.template")
+                raise RowError("tools", f"the chat template drops them ({TOOLS_HINT})")
         return rows
 
     def _raw(self, messages: Sequence[Message], last_only: bool) -> Rendering:

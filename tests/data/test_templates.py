@@ -197,6 +197,8 @@ def test_tools_are_printed_or_refused(name):
     rows = rows_of(chat_of(tokenizer), [example], "answers")[0]
     if name not in WITH_TOOLS:
         assert isinstance(rows, RowError)
+        calm = rows_of(chat_of(tokenizer), [Example(CONVERSATION, tools=TOOLS)], "answers")[0]
+        assert isinstance(calm, RowError) and "data.template=qwen2.5" in calm.reason
         return
     assert not isinstance(rows, RowError)
     text = tokenizer.decode(rows[-1].tokens)
