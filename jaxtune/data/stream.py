@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 
 UNIT = 1 << 18
 LARGEST = 1 << 28  # bytes of a file that has to be one unit
-# A large file is known by its size and so many places of so many bytes.
-PLACES, PLACE = 64, 1 << 16
+# What a fingerprint looks at: so many bytes of all files, evenly spread, in places of this size.
+LOOKED, PLACE = 1 << 26, 1 << 14
 _one_at_a_time = threading.Lock()  # a fast tokenizer cannot be used by two threads
 PROBED = 8  # units looked at for a first usable row
 
@@ -115,8 +115,9 @@ def open_stream(
     options = [(name, getattr(cfg, name)) for name in (*ROW_OPTIONS, "shuffle_units")]
     identity = cache.tokenizer_identity(tokenizer)
     looks = hashlib.sha256(repr((options, identity, UNIT)).encode())
+    share = max(LOOKED // len(paths), 4 * PLACE)
     for path in paths:
-        looks.update(_look(path))
+        looks.update(_look(path, share))
     return Stream(
         cfg=cfg,
         units=units,
@@ -151,16 +152,17 @@ def _units(source: Source, path: Path) -> list[Unit]:
     return [Unit(source, path, 0, None)]
 
 
-def _look(place: Path) -> bytes:
-    """sha256 of a file's size and content; of a large file, of evenly spaced places in it."""
+def _look(place: Path, share: int) -> bytes:
+    """sha256 of a file's size and `share` bytes of it, evenly spread."""
     size = place.stat().st_size
     total = hashlib.sha256(str(size).encode())
     with place.open("rb") as file:
-        if size <= PLACES * PLACE:
+        if size <= share:
             total.update(file.read())
         else:
-            for n in range(PLACES):
-                file.seek((size - PLACE) * n // (PLACES - 1))
+            count = share // PLACE
+            for n in range(count):
+                file.seek((size - PLACE) * n // (count - 1))
                 total.update(file.read(PLACE))
     return total.digest()
 
