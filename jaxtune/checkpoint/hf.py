@@ -86,7 +86,7 @@ def joined(
         stored: the tensor, read if `parts` are not all of it.
     """
     change, columns = parts[0].row.change, [part.row.columns for part in parts]
-    if columns == [None]:
+    if columns[0] is None:  # then it is the only part
         return change.to_hf(arrays[0])
     width = sum(array.shape[-1] for array in arrays)
     if len(parts) == parts[0].of:
