@@ -29,6 +29,7 @@ from jaxtune.peft.base import Format, Tensor
 from jaxtune.peft.beside import Saved
 from jaxtune.peft.patterns import Layers
 from jaxtune.peft.targets import Targets
+from jaxtune.sharding.rules import TOKENS, constrained
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,8 +72,11 @@ class MoRA(nnx.Module):
     def __call__(self, x: jax.Array, linear: Linear) -> jax.Array:
         noisy = x if self.key is None else base.dropped(x, self.dropout, self.key)
         matrix = (self.matrix.get_value() * self.scale.get_value()).astype(x.dtype)
-        y = linear.project(x)
-        return y + change(noisy, matrix, self.layer.mora_type, y.shape[-1])
+        y, mesh = linear.project(x), linear.policy.mesh
+        # Blocks of features cross the shards of the width, which the partitioner gets wrong.
+        noisy = constrained(noisy, TOKENS, mesh)
+        added = change(noisy, matrix, self.layer.mora_type, y.shape[-1])
+        return y + constrained(added, TOKENS, mesh)
 
     def seed(self, key: jax.Array, index: int) -> None:
         """Gives the layer its own key, if it has dropout."""
