@@ -23,7 +23,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtune import frozen as frozen_weights
 from jaxtune import models, objectives, optim, peft, tree
 from jaxtune.checkpoint import hf
-from jaxtune.checkpoint.adapter import Adapter, first_values, load_adapter
+from jaxtune.checkpoint.adapter import Adapter, first_values, load_adapter, places_beside
 from jaxtune.checkpoint.expand import expanded
 from jaxtune.checkpoint.fused import require_supported
 from jaxtune.checkpoint.tensors import Checkpoint
@@ -273,6 +273,7 @@ def _adapters(
     if config.adapter is None:
         adapters = peft.choose_adapters(base.model(shapes), config)
         require_supported(adapters, weights)
+        places_beside(adapters, shapes, weights, stacks)  # what could not be exported
         return None, adapters
     folder = Path(config.adapter)
     imported = load_adapter(folder, shapes, weights, stacks, base=checkpoint.name)

@@ -3,12 +3,16 @@
 import re
 
 from jaxtune.errors import nearest
-from jaxtune.schema import FETCHING, PROMPTS, QUANT_FORMATS, Quant, RunConfig
+from jaxtune.schema import FETCHING, PROMPTS, QUANT_FORMATS, Peft, Quant, RunConfig
 
 # Methods that train the model's own weights.
 WHOLE = ("full", "freeze", "bitfit", "llama_pro", "lisa", "badam")
 # Of those, the ones that train a few layers at a time.
 IN_TURN = ("lisa", "badam")
+# Of these, those that train its matrices.
+MATRICES = tuple(method for method in WHOLE if method != "bitfit")
+# Methods with matrices A and B.
+PAIRS = ("lora", "dora", "moslora")
 # Optimizers that see kernels at a low rank.
 PROJECTED = ("galore", "galore8bit", "apollo", "apollo_mini")
 
@@ -61,10 +65,10 @@ def contradictions(config: RunConfig) -> list[str]:
         )
     if c.peft.method in IN_TURN:
         problems += _contradict_turns(c)
-    if c.optim.name in PROJECTED and c.peft.method not in WHOLE:
+    if c.optim.name in PROJECTED and c.peft.method not in MATRICES:
         problems.append(
             f"config.optim.name={c.optim.name} projects gradients of whole matrices, and "
-            f"peft.method={c.peft.method} trains only thin ones - use peft.method=full, or adamw"
+            f"peft.method={c.peft.method} trains none - use peft.method=full, or optim.name=adamw"
         )
     if c.optim.embedding_learning_rate is not None and not c.optim.learning_rate:
         problems.append(
@@ -94,7 +98,7 @@ def _bad_peft(c: RunConfig) -> list[str]:
             "config.peft.method=dora starts from the norms of weights, which model.offload_frozen "
             "keeps off the device - choose one of the two"
         )
-    if c.peft.method == "vera" and c.mesh.stage > 1:
+    if c.peft.method == "vera" and c.mesh.stage != 1:
         problems.append(
             "config.peft.method=vera has matrices that all layers share, which mesh.stage does "
             "not carry - use other axes"
@@ -227,11 +231,16 @@ def _prefix(c: RunConfig) -> list[str]:
     return problems
 
 
+def _trains_beside(peft: Peft) -> bool:
+    """Whether parts of the base train beside the adapters."""
+    return bool(peft.modules_to_save) or peft.bias != "none"
+
+
 def _unread(c: RunConfig) -> list[str]:
     """Fields that were set although another field makes sure that nobody reads them."""
     formats = {item.partition("=")[0] for item in c.quant.format}
     cuts_source = c.data.overlong in ("truncate_source", "last_rounds")
-    only_muon = c.optim.name == "muon" and c.peft.method == "lora"
+    only_muon = c.optim.name == "muon" and c.peft.method == "lora" and not _trains_beside(c.peft)
     no_projection = c.optim.name not in PROJECTED
     whole = f"peft.method={c.peft.method} trains weights of the model"
     no_b = f"peft.method={c.peft.method} has no A and B"
@@ -260,7 +269,7 @@ def _unread(c: RunConfig) -> list[str]:
         (c.optim.name == "adafactor", "optim", ("b1", "b2", "eps"), "adafactor has its own"),
         (c.optim.name == "lion", "optim", ("eps",), "lion divides by nothing"),
         (no_projection, "optim", projection, "only galore and apollo project gradients"),
-        (c.peft.method in WHOLE, "optim", ("loraplus_ratio",), no_b),
+        (c.peft.method not in PAIRS, "optim", ("loraplus_ratio",), no_b),
         (only_muon, "optim", ("b2", "eps"), "muon keeps no second moment of matrices"),
         (not c.eval.exact_match, "eval", ("max_rows", "max_new_tokens"), "needs eval.exact_match"),
     )

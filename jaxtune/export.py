@@ -117,7 +117,7 @@ def _restore(cfg: RunConfig, folder: Path, step: int | None) -> tuple[build.Run,
         unroll = dataclasses.replace(cfg.model, layers="unroll")
         try:
             return _restore_as(dataclasses.replace(cfg, model=scan), store, step)
-        except OtherArrays:
+        except (OtherArrays, ConfigError):  # a method may cut layers that no scan can hold
             return _restore_as(dataclasses.replace(cfg, model=unroll), store, step)
     finally:
         store.close()

@@ -232,8 +232,12 @@ def _start_prompt(run: build.Run, values: Params, tokenizer: Any) -> Params:
 
     ids = prompt.start_ids(config, run.model_config.vocab_size, encode, run.config.train.seed)
     ((name, leaf),) = run.trainable.items()
-    start = jax.jit(lambda table: table[ids].astype(leaf.dtype), out_shardings=leaf.sharding)
-    return {name: start(values["embed.table"])}
+    scale = run.model_config.embed_scale  # virtual tokens come after it
+
+    def rows(table: jax.Array) -> jax.Array:
+        return table[ids].astype(leaf.dtype) * scale
+
+    return {name: jax.jit(rows, out_shardings=leaf.sharding)(values["embed.table"])}
 
 
 def _store(cfg: RunConfig, folder: Path) -> Store:

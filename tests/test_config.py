@@ -129,7 +129,7 @@ def test_wrong_overrides(tmp_path: Path, option: str, message: str):
         (["peft.method=badam", "model.remat=none"], "computes each layer again"),
         (["peft.method=badam", "optim.offload=true"], "keeps state of 2 layers only"),
         (["peft.method=lisa", "quant.format=nf4"], "trains every layer sooner or later"),
-        (["optim.name=galore"], "trains only thin ones"),
+        (["optim.name=galore"], "peft.method=lora trains none"),
         (["optim.name=galore8bit", "peft.method=full", "optim.offload=true"], "bytes in host mem"),
         (["optim.projection_rank=4"], "only galore and apollo project gradients"),
         (["peft.method=full", "optim.loraplus_ratio=16"], "has no A and B"),

@@ -225,6 +225,11 @@ def read_adapters(
             f"{folder / CONFIG_FILE}: target_modules {unused or targets} are not in this base "
             f"model, whose layers are {', '.join(known)} - use the adapter's own base model"
         )
+    if any(module.path == "lm_head" for module in adapted):
+        raise WeightError(
+            f"{folder / CONFIG_FILE} adapts lm_head, which is multiplied inside the loss - merge "
+            "the adapter with PEFT and start from the merged model"
+        )
     config = method.from_peft(fields)
     widths = {m.name: base_params[f"{m.path}.kernel"].shape[-2:] for m in adapted}
     own = method.configure(config, widths)

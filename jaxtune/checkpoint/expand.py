@@ -56,7 +56,7 @@ def expanded(
 
     config = dict(checkpoint.config)
     config |= {key: len(origins) for key in _DEPTHS if key in config}
-    if "layer_types" in config:
+    if config.get("layer_types"):
         config["layer_types"] = [config["layer_types"][origin] for origin, _ in origins]
     return dataclasses.replace(
         checkpoint,

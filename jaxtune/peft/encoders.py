@@ -35,9 +35,9 @@ class Direction(nnx.Module):
     """
 
     def __init__(self, d_in: int, hidden: int):
-        self.inputs = AdapterParam(jnp.zeros((d_in, 4 * hidden)), axes=(None, "mlp"))
-        self.recurrent = AdapterParam(jnp.zeros((hidden, 4 * hidden)), axes=(None, "mlp"))
-        self.gate_bias = AdapterParam(jnp.zeros((4 * hidden,)), axes=("mlp",))
+        self.inputs = AdapterParam(jnp.zeros((d_in, 4 * hidden)), axes=(None, None))
+        self.recurrent = AdapterParam(jnp.zeros((hidden, 4 * hidden)), axes=(None, None))
+        self.gate_bias = AdapterParam(jnp.zeros((4 * hidden,)), axes=(None,))
 
     def __call__(self, x: jax.Array, *, reverse: bool) -> jax.Array:
         recurrent = self.recurrent.get_value()

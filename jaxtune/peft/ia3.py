@@ -18,6 +18,7 @@ import numpy as np
 from flax import nnx
 
 from jaxtune import tree
+from jaxtune.errors import ConfigError
 from jaxtune.models.base import Change
 from jaxtune.nn.linear import Linear
 from jaxtune.peft import base
@@ -58,6 +59,11 @@ class IA3(nnx.Module):
         d_in, d_out = linear.kernel.get_value().shape[-2:]
         in_axis, out_axis = linear.axes
         self.feedforward = base.common(configs).feedforward
+        if any(config is not None and config.feedforward != self.feedforward for config in configs):
+            raise ConfigError(
+                "config.peft.feedforward_modules names some layers of a scanned stack and not "
+                "others - name all of them, or set model.layers=unroll"
+            )
         size, axis = (d_in, in_axis) if self.feedforward else (d_out, out_axis)
         self.factor = base.zeros(linear, (size,), (axis,))
         self.scale = base.constant(linear)

@@ -25,6 +25,7 @@ from jaxtune.peft.base import Format, Tensor
 from jaxtune.peft.beside import Saved
 from jaxtune.peft.patterns import Layers, plain
 from jaxtune.peft.targets import Targets
+from jaxtune.sharding.rules import TOKENS, constrained
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,10 +81,13 @@ class LoKr(nnx.Module):
         values = {leaf: v.get_value().astype(x.dtype) for leaf, v in self.factors.items()}
         w1 = _whole(values, "w1") * self.scale.get_value().astype(x.dtype)
         w2 = _whole(values, "w2")
-        grid = x.reshape(*x.shape[:-1], w1.shape[1], w2.shape[1])
+        # Blocks of features may cross the shards of the width.
+        whole = constrained(x, TOKENS, linear.policy.mesh)
+        grid = whole.reshape(*x.shape[:-1], w1.shape[1], w2.shape[1])
         product = jnp.einsum("...mn,kn->...mk", grid, w2)
         product = jnp.einsum("...mk,lm->...lk", product, w1)
-        return linear.project(x) + product.reshape(*x.shape[:-1], -1)
+        product = product.reshape(*x.shape[:-1], -1)
+        return linear.project(x) + constrained(product, TOKENS, linear.policy.mesh)
 
     def seed(self, key: jax.Array, index: int) -> None:
         """LoKr has no dropout."""

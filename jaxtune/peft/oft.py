@@ -26,6 +26,7 @@ from jaxtune.peft.base import Format, Tensor
 from jaxtune.peft.beside import Biases, Saved
 from jaxtune.peft.patterns import Layers
 from jaxtune.peft.targets import Targets
+from jaxtune.sharding.rules import TOKENS, constrained
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,9 +67,11 @@ class OFT(nnx.Module):
 
     def __call__(self, x: jax.Array, linear: Linear) -> jax.Array:
         blocks = rotations(self.angles.get_value() * self.scale.get_value(), self.config)
-        grid = x.reshape(*x.shape[:-1], *blocks.shape[:2])
-        turned = jnp.einsum("...kr,krc->...kc", grid, blocks.astype(x.dtype))
-        return linear.project(turned.reshape(x.shape))
+        # Blocks of features may cross the shards of the width.
+        whole = constrained(x, TOKENS, linear.policy.mesh)
+        grid = whole.reshape(*x.shape[:-1], *blocks.shape[:2])
+        turned = jnp.einsum("...kr,krc->...kc", grid, blocks.astype(x.dtype)).reshape(x.shape)
+        return linear.project(constrained(turned, TOKENS, linear.policy.mesh))
 
     def seed(self, key: jax.Array, index: int) -> None:
         """OFT has no dropout."""

@@ -23,10 +23,11 @@ def choose(model: Any, targets: Targets) -> dict[str, tuple[bool, ...]]:
     """Linear path -> for each layer of its stack, whether it is targeted.
 
     A layer is matched by its name with its index in the whole model (`layers.3.attn.q_proj`),
-    however the model is cut into stacks; the output head is a target only by name.
+    however the model is cut into stacks. The output head cannot be a target.
 
     Raises:
-        ConfigError: a pattern or a layer index that matches nothing, with the candidates.
+        ConfigError: a pattern or a layer index that matches nothing, with the candidates; or the
+            output head.
     """
     unused = set(targets.target_modules)
     absent = [i for i in targets.layers_to_transform if not 0 <= i < sum(model.stacks)]
@@ -49,6 +50,11 @@ def choose(model: Any, targets: Targets) -> dict[str, tuple[bool, ...]]:
             choice[path] = tuple(chosen)
     if unused or not choice:
         raise ConfigError(_no_match(sorted(unused) or targets.target_modules, sorted(seen)))
+    if "lm_head" in choice:
+        raise ConfigError(
+            "config.peft.target_modules: lm_head is multiplied inside the loss, where no adapter "
+            "is computed - train it whole with peft.modules_to_save=lm_head"
+        )
     return choice
 
 
