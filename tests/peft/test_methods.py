@@ -19,7 +19,7 @@ from jaxtune.sharding.mesh import make_mesh
 from jaxtune.step import make_train_step
 from tests import oracle, tolerances
 
-ADAPTERS = [name for name in peft.METHODS if peft.is_adapter(name)]
+ADAPTERS = [n for n in peft.METHODS if peft.is_adapter(n) and not peft.is_prompt(n)]
 OPTIONS: dict[str, dict[str, Any]] = {
     "lora": {"rank": 4, "rank_pattern": ("layers.0.attn.v_proj=2",)},
     "dora": {"rank": 4},
@@ -80,6 +80,13 @@ def described(
     return build.describe(config, make_mesh(mesh, devices), base)
 
 
+def own_part(run: build.Run, path: str, index: int, leaf: str) -> tuple[slice, ...]:
+    """The part of its stack's array that a layer uses; if its rank is smaller, the rest is zero."""
+    widths = run.frozen[f"{path}.kernel"].shape[-2:]
+    knobs = run.adapters.choice[path][index]
+    return tuple(map(slice, peft.METHODS[run.adapters.method].tensors(knobs, *widths)[leaf].shape))
+
+
 def filled(run: build.Run, *, noise: float) -> dict[str, Any]:
     """All parameters; normal noise is added to what trains, to each layer its own."""
     values = build.fill_base(run, lambda done, total: None)
@@ -89,7 +96,8 @@ def filled(run: build.Run, *, noise: float) -> dict[str, Any]:
         array = np.array(values[name])
         for index, (_, layer) in enumerate(layer_names(path, run.stacks)):
             random = np.random.default_rng(zlib.crc32(f"{layer}.{leaf}".encode()))
-            array[index] += random.normal(0, noise, array.shape[1:])
+            own = own_part(run, path, index, leaf)
+            array[index][own] += random.normal(0, noise, array[index][own].shape)
         values[name] = jax.device_put(array, values[name].sharding)
     return values
 
@@ -145,8 +153,8 @@ def after_a_step(run: build.Run) -> tuple[dict[str, np.ndarray], float]:
     for name, array in state.trainable.items():
         assert (np.asarray(array) != np.asarray(values[name])).any(), name
         path, leaf = name.split(".adapter.")
-        for (_, layer), one in zip(layer_names(path, run.stacks), np.asarray(array), strict=True):
-            layers[f"{layer}.{leaf}"] = one
+        for index, (_, layer) in enumerate(layer_names(path, run.stacks)):
+            layers[f"{layer}.{leaf}"] = np.asarray(array[index])[own_part(run, path, index, leaf)]
     return layers, float(metrics["loss"])
 
 
