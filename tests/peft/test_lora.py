@@ -240,7 +240,7 @@ def adapted_linear(dropout: float = 0.0) -> tuple[Linear, Any]:
     config = lora.Config(rank=4, alpha=6.0, dropout=dropout)
     random = np.random.default_rng(0)
     linear = Linear(64, 5, axes=("embed", "mlp"), policy=Policy(), rngs=nnx.Rngs(0), bias=True)
-    linear.adapter = lora.LoRA(linear, (config,))
+    linear.adapter = lora.LoRA(linear, (config,), config)
     linear.adapter.a = AdapterParam(jnp.asarray(random.normal(size=(64, 4)), jnp.float32))
     linear.adapter.b = AdapterParam(jnp.asarray(random.normal(size=(4, 5)), jnp.float32))
     linear.adapter.scale = AdapterConstant(jnp.float32(config.scale))
