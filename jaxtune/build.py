@@ -272,8 +272,10 @@ def _adapters(
     shapes = base.abstract()
     if config.adapter is None:
         adapters = peft.choose_adapters(base.model(shapes), config)
-        require_supported(adapters, weights)
-        places_beside(adapters, shapes, weights, stacks)  # what could not be exported
+        if not peft.is_prompt(config.method):
+            # What could not be exported is refused now.
+            require_supported(adapters, weights)
+            places_beside(adapters, shapes, weights, stacks)
         return None, adapters
     folder = Path(config.adapter)
     imported = load_adapter(folder, shapes, weights, stacks, base=checkpoint.name)

@@ -36,7 +36,7 @@ class Trainee:
         devices = jax.devices()[: int(np.prod(list(mesh.values())))]
         config = RunConfig(
             model=Model(layers="scan"),
-            peft=Peft(**{"rank": 4, "alpha": 8.0} | peft),
+            peft=Peft(**({} if "method" in peft else {"rank": 4, "alpha": 8.0}) | peft),
             data=Data(train=("rows.jsonl",)),
         )
         checkpoint = open_checkpoint("tiny:llama")

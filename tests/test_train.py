@@ -306,7 +306,7 @@ def test_wrong_schema(tmp_path: Path, command: Command):
     path.write_text('{"instruction": "a", "output": "b"}\n{"instruction": "a", "output": 3}\n')
     assert command(f"data.train={path}")[0] == 3
     assert f"{path}:2" in command(f"data.train={path}")[1]
-    path.write_text('{"question": "a", "answer": "b"}\n')
+    path.write_text('{"colour": "a", "shape": "b"}\n')
     code, err = command(f"data.train={path}")
     assert code == 3 and f"{path}:1" in err and "Traceback" not in err
 

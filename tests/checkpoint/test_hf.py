@@ -205,11 +205,11 @@ def test_shards_and_files(tmp_path: Path, describe: Callable):
         def save_pretrained(self, folder: str) -> None:
             (Path(folder) / "tokenizer.json").write_text("{}")
 
-    options = {"max_shard_bytes": 40_000, "tokenizer": Tokenizer(), "record": {"step": 7}}
+    options = {"max_shard_bytes": 40_000, "tokenizer": Tokenizer()}
     folder = exported(tmp_path, describe, **options)
     assert {path.name for path in folder.iterdir()} >= {INDEX_FILE, "tokenizer.json", "config.json"}
     record = json.loads((folder / "jaxtune_export.json").read_text())
-    assert record == {"kind": "model", "base": "tiny:llama", "step": 7}
+    assert record == {"kind": "model", "base": "tiny:llama"}
     tiny = open_checkpoint("tiny:llama")
     for name, array in tensors_of(folder).items():
         np.testing.assert_array_equal(array, tiny.read(name))

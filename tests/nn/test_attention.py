@@ -114,7 +114,8 @@ def test_only_training_sees_groups() -> None:
         weights=np.ones(positions.shape, np.float32),
     )
     runs = [described(group) for group in (0, 8)]
-    values = build.fill_base(runs[0], lambda done, total: None) | build.fill_adapter(runs[0])
+    base = build.fill_base(runs[0], lambda done, total: None)
+    values = base | build.fill_adapter(runs[0], base)
     losses = []
     for run in runs:
         for objective in (run.objective, training_objective(run)):

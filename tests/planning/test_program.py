@@ -31,7 +31,7 @@ def compiled(layers: int, method: str = "lora", remat: str = "full") -> tuple[bu
     """The step of a small Llama on eight devices: large weights, few tokens."""
     config = RunConfig(
         model=Model(path="tiny:llama", remat=remat),
-        peft=Peft(method=method, rank=2),
+        peft=Peft(method=method) if method == "full" else Peft(method=method, rank=2),
         data=Data(train=("rows.jsonl",), max_seq_len=8),
         train=Train(micro_batch_size=1),
         mesh=Mesh(fsdp=8),

@@ -99,7 +99,7 @@ def described(
     config = RunConfig(
         model=Model(**{"layers": "scan", "remat": "full"} | (model or {})),
         data=Data(**{"train": ("rows.jsonl",)} | (data or {})),
-        peft=Peft(**{"rank": 4} | sections.pop("peft", {})),
+        peft=Peft(**sections.pop("peft", {"rank": 4})),
         train=Train(**{"micro_batch_size": 8} | sections.pop("train", {})),
         mesh=Mesh(**{"fsdp": 1} | mesh),
     )
