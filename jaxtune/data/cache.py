@@ -72,6 +72,13 @@ def tokenizer_identity(tokenizer: Any) -> str:
     return hashlib.sha256(f"{text}{tokenizer.chat_template}".encode()).hexdigest()
 
 
+def row_options(cfg: Data) -> dict[str, Any]:
+    """The options that the rows of a file follow from, and the text behind data.function."""
+    names = {field.name for field in dataclasses.fields(cfg)}.difference(NOT_IN_ROWS)
+    text = cfg.function and formats.row_function_source(cfg.function)
+    return {name: getattr(cfg, name) for name in sorted(names)} | {"function_text": text}
+
+
 def _folder(name: str | None) -> Path | None:
     """The folder of the cache, which exists; None if there is to be none."""
     if name == "":
@@ -90,11 +97,9 @@ def _folder(name: str | None) -> Path | None:
 
 
 def _key(found: Sequence[Source], cfg: Data, tokenizer: Any) -> str:
-    options = dataclasses.asdict(cfg)
-    parts = {name: value for name, value in options.items() if name not in NOT_IN_ROWS}
     files = [file for source in found for file in source.files]
+    parts = row_options(cfg)
     parts |= {"sources": list(found), "files": sources.hash_files(files), "code": _code()}
-    parts |= {"function": cfg.function and formats.row_function_source(cfg.function)}
     parts |= {"cuts": cfg.cuts_examples, "tokenizer": tokenizer_identity(tokenizer)}
     return hashlib.sha256(repr(sorted(parts.items())).encode()).hexdigest()
 

@@ -14,7 +14,7 @@ from jaxtune.data import cache, mixtures, sources, table
 from jaxtune.data.chunks import COUNTED, check_chunks, check_vocabulary
 from jaxtune.data.examples import Example
 from jaxtune.data.locations import Source
-from jaxtune.data.position import ROW_OPTIONS
+from jaxtune.data.position import ROW_OPTIONS, identity_of
 from jaxtune.data.records import read_examples, sources_of
 from jaxtune.data.rows import BadRow
 from jaxtune.data.stream import Stream, open_stream
@@ -249,7 +249,8 @@ class _Sources:
         files = [file for source in self._found for file in source.files]
         total = hashlib.sha256(sources.hash_files(files).encode())
         options = [(name, getattr(self._cfg, name)) for name in ROW_OPTIONS]
-        total.update(repr((options, self._made.digest)).encode() + part.tobytes())
+        parts = (options, identity_of(self._found), self._made.sizes, self._made.digest)
+        total.update(repr(parts).encode() + part.tobytes())
         return total.hexdigest()
 
 

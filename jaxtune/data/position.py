@@ -1,7 +1,9 @@
 """Where a run stands in its data, and whether other data can be gone on with there."""
 
+from collections.abc import Sequence
 from typing import Any
 
+from jaxtune.data.locations import Source
 from jaxtune.errors import DataError, WeightError
 
 Position = dict[str, Any]
@@ -11,6 +13,14 @@ ROW_OPTIONS = (
     *("format", "max_seq_len", "packing", "packer", "isolated", "loss_weights", "train_on"),
     *("overlong", "shuffle", "mix", "weights", "repeats", "max_samples"),
 )
+
+
+def identity_of(found: Sequence[Source]) -> list[tuple[Any, ...]]:
+    """How sources are read and drawn from; what they are called and where they lie do not count."""
+    return [
+        (len(s.files), s.format, sorted(s.columns.items()), sorted(s.tags.items()), s.num_samples)
+        for s in found
+    ]
 
 
 def check_position(position: Position, mine: Position) -> None:

@@ -22,7 +22,7 @@ from jaxtune.data.chunks import check_chunks, check_vocabulary, make_chunk
 from jaxtune.data.examples import Example
 from jaxtune.data.json_rows import BOM, read_lines
 from jaxtune.data.locations import Source
-from jaxtune.data.position import ROW_OPTIONS
+from jaxtune.data.position import ROW_OPTIONS, identity_of
 from jaxtune.data.records import examples_of
 from jaxtune.data.rows import BadRow
 from jaxtune.data.table import Chunk, TokenTable, joined
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 UNIT = 1 << 18
 LARGEST = 1 << 28  # bytes of a file that has to be one unit
+# Options that may change: they decide when bad rows stop a run, or say where `identity_of` looks.
+NOT_IN_STREAM = ("on_bad_row", "max_bad_fraction", "registry", "columns")
 # What a fingerprint looks at: so many bytes of all files, evenly spread, in places of this size.
 LOOKED, PLACE = 1 << 26, 1 << 14
 _one_at_a_time = threading.Lock()  # a fast tokenizer cannot be used by two threads
@@ -112,9 +114,11 @@ def open_stream(
     if not len(table):
         names = ", ".join(source.name for source in found)
         raise DataError(f"{names}: no usable row in the first units - check the files")
-    options = [(name, getattr(cfg, name)) for name in (*ROW_OPTIONS, "shuffle_units")]
+    options = cache.row_options(cfg)
+    options |= {name: getattr(cfg, name) for name in (*ROW_OPTIONS, "shuffle_units")}
+    kept = [(name, value) for name, value in options.items() if name not in NOT_IN_STREAM]
     identity = cache.tokenizer_identity(tokenizer)
-    looks = hashlib.sha256(repr((options, identity, UNIT)).encode())
+    looks = hashlib.sha256(repr((kept, identity_of(found), identity, UNIT)).encode())
     share = max(LOOKED // len(paths), 4 * PLACE)
     for path in paths:
         looks.update(_look(path, share))

@@ -1,3 +1,5 @@
+import json
+
 import pytest
 
 from jaxtune.data import load
@@ -119,3 +121,16 @@ def test_texts_need_no_chat_template(write_rows):
     assert tokenizer.decode(row.tokens[row.trained]) == "a<|im_end|>"
     with pytest.raises(ConfigError, match="no chat template - set data.template"):
         run(tokenizer, [write_rows([{"src": "q", "tgt": "a"}])])
+
+
+def test_the_fingerprint_follows_sources_and_what_is_drawn(byte_tokenizer, write_rows, tmp_path):
+    paths = write_sources(write_rows)
+    one_source = str(tmp_path / "?.json")
+    of = [run(byte_tokenizer, given)[0].fingerprint for given in (paths, paths, [one_source])]
+    assert of[0] == of[1] != of[2]
+    registry = tmp_path / "dataset_info.jsonc"
+    columns = {"prompt": "question", "response": "answer"}
+    for more in ({}, {"num_samples": 20}):
+        registry.write_text(json.dumps({"a": {"file_name": "a.json", "columns": columns, **more}}))
+        of.append(run(byte_tokenizer, ["a"], registry=str(registry))[0].fingerprint)
+    assert of[3] != of[4]

@@ -183,3 +183,26 @@ def test_lines_longer_than_a_unit_are_read_once(byte_tokenizer, write_rows, monk
     source = opened(byte_tokenizer, [write_rows(map(alpaca, range(20)))])
     table = source.read(0, len(source.units), 0)
     assert len(table) == 20
+
+
+def test_options_that_change_rows_are_detected(byte_tokenizer, files, tmp_path, monkeypatch):
+    module = tmp_path / "stream_function.py"
+    module.write_text("def same(row):\n    return row\n\n\ndef other(row):\n    return row\n")
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def fingerprint(**options):
+        return opened(byte_tokenizer, files, **options).fingerprint
+
+    base = fingerprint(function="stream_function:same")
+    columns = ("instruction=output", "output=output")
+    changed = [
+        *(fingerprint(), fingerprint(columns=columns), fingerprint(text_rows="file")),
+        *(fingerprint(max_source_len=9), fingerprint(max_line_bytes=2048)),
+        fingerprint(function="stream_function:other"),
+    ]
+    assert base not in changed and len(set(changed)) == len(changed)
+    # What stops a run may be changed to go on with it: the rows it showed are the same.
+    skip = {"on_bad_row": "skip", "max_bad_fraction": 0.5, "function": "stream_function:same"}
+    assert base == fingerprint(**skip)
+    module.write_text("def same(row):\n    return {**row}\n")
+    assert base != fingerprint(function="stream_function:same")
