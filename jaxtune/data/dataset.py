@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from jaxtune.data import cache, mixtures, sources, table
+from jaxtune.data import cache, formats, mixtures, sources, table
 from jaxtune.data.chunks import COUNTED, check_chunks, check_vocabulary
 from jaxtune.data.examples import Example
 from jaxtune.data.locations import Source
@@ -139,13 +139,17 @@ def load(
         The training set, and the held-out set if the config asks for one.
 
     Raises:
-        ConfigError: nothing to train on is named, or the tokenizer has no usable chat template.
+        ConfigError: nothing to train on is named, the tokenizer has no usable chat template, or
+            data.function is none.
         DataError: files are missing or unreadable, rows are bad, or nothing usable remains.
         WeightError: the tokenizer makes ids that the model has no embedding for.
     """
     if not cfg.train:
         raise ConfigError("data.train is empty - name at least one file of training data")
-    chat_of(tokenizer)  # a template that cannot be used is named before files are read
+    # A template or function that cannot be used is named before files are read.
+    chat_of(tokenizer)
+    if cfg.function is not None:
+        formats.row_function(cfg.function)
     found, held_out_found = sources_of(cfg, "train"), sources_of(cfg, "eval")
     cfg = dataclasses.replace(cfg, max_seq_len=cfg.max_seq_len - num_virtual_tokens)
     tokenized = functools.partial(

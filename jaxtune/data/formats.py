@@ -100,19 +100,22 @@ def row_function(name: str) -> RowFunction:
     """The function of the user's that data.function names.
 
     Raises:
-        ConfigError: there is nothing of that name.
+        ConfigError: there is nothing of that name, or it cannot be called.
     """
     module, _, function = name.partition(":")
     try:
-        found: RowFunction = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
+        found = getattr(importlib.import_module(module), function)
+    except Exception as error:  # the module is the user's: importing it may raise anything
         raise ConfigError(f"data.function={name}: {error} - write module:function") from error
+    if not callable(found):
+        kind = type(found).__name__
+        raise ConfigError(f"data.function={name} is of type {kind} - name a function of a row")
     return found
 
 
 def row_function_source(name: str) -> bytes:
     """The text of the module in which data.function stands (another may make other rows)."""
-    file = importlib.import_module(name.partition(":")[0]).__file__
+    file = getattr(importlib.import_module(name.partition(":")[0]), "__file__", None)
     return b"" if file is None else Path(file).read_bytes()
 
 

@@ -10,7 +10,7 @@ import pytest
 from jaxtune.data import dataset, load, load_tokenizer, workers
 from jaxtune.data.batch import TokenRow
 from jaxtune.data.table import table_of
-from jaxtune.errors import DataError
+from jaxtune.errors import ConfigError, DataError
 from jaxtune.schema import Data
 
 
@@ -142,3 +142,24 @@ def test_processes_that_start_together_share_the_work(write_rows, tmp_path):
     assert sum(words.count("tokenizing") for words in outputs) == 1
     assert outputs[0][-1] == outputs[1][-1] and len(entries(tmp_path / "cache")) == 1
     assert np.load(next(iter(entries(tmp_path / "cache"))) / "lengths.npy").shape == (300,)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("no_such_module:make", "No module named 'no_such_module' - write module:function"),
+        ("jsonn", "No module named 'jsonn' - write module:function"),
+        ("json:laods", "has no attribute 'laods' - write module:function"),
+        ("json:__name__", "is of type str - name a function of a row"),
+        ("fails_when_imported:make", "data.function=fails_when_imported:make: '(' was never"),
+    ],
+)
+def test_a_function_that_is_none_is_named_before_files_are_read(
+    byte_tokenizer, tmp_path, monkeypatch, name, message
+):
+    (tmp_path / "fails_when_imported.py").write_text("def make(\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(dataset, "sources_of", None)
+    with pytest.raises(ConfigError) as caught:
+        run(byte_tokenizer, "rows.jsonl", tmp_path / "cache", function=name)
+    assert message in str(caught.value)
