@@ -76,8 +76,14 @@ def contradictions(config: RunConfig) -> list[str]:
             "which is 0 - set both"
         )
     for name in ("weights", "repeats", "max_samples"):
-        if any(value <= 0 for value in getattr(c.data, name)):
-            problems.append(f"config.data.{name}={getattr(c.data, name)}: must be above 0")
+        values, count = getattr(c.data, name), len(c.data.train)
+        if any(value <= 0 for value in values):
+            problems.append(f"config.data.{name}={values}: must be above 0")
+        if len(values) not in (0, 1, count):
+            problems.append(
+                f"config.data.{name} has {len(values)} values for {count} sources of data.train - "
+                "give one for each, or one"
+            )
     if c.data.max_source_len is not None and c.data.max_source_len >= c.data.max_seq_len:
         problems.append("config.data.max_source_len must be below max_seq_len - answers need room")
     if c.data.template == "none" and c.data.enable_thinking is not None:

@@ -108,6 +108,8 @@ def test_wrong_overrides(tmp_path: Path, option: str, message: str):
         (["checkpoint.keep_best=1"], "needs eval.every_steps"),
         (["data.eval=a.jsonl", "data.eval_fraction=0.1"], "not both"),
         (["eval.exact_match=true"], "needs held-out rows"),
+        (["data.train=a,b,c", "data.repeats=1,2"], "data.repeats has 2 values for 3 sources of"),
+        (["data.train=a", "data.max_samples=1,2"], "data.max_samples has 2 values for 1 sources"),
         (["eval.every_steps=3"], "needs held-out rows"),
         (["train.num_epochs=0"], "num_epochs above 0"),
         (["quant.format=nf5"], "must begin with one of int8, int8_block, int4, nf4, fp4"),
