@@ -10,6 +10,7 @@ import pickle
 import queue
 import subprocess
 import sys
+import traceback
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,7 +21,7 @@ from jaxtune.data.chunks import make_chunk
 from jaxtune.data.examples import Example
 from jaxtune.data.rows import BadRow
 from jaxtune.data.table import Chunk
-from jaxtune.data.tokenize import chat_of
+from jaxtune.data.tokenize import Chat, chat_of
 from jaxtune.errors import DataError
 from jaxtune.schema import Data
 
@@ -93,11 +94,14 @@ def _ask(idle: "queue.Queue[subprocess.Popen[bytes]]", records: list[Example | B
     try:
         _send(worker, records)
         assert worker.stdout is not None
-        return pickle.load(worker.stdout)
-    except EOFError as error:
+        answer = pickle.load(worker.stdout)
+    except (EOFError, pickle.UnpicklingError) as error:
         raise DataError(LOST) from error
     finally:
         idle.put(worker)
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
 
 
 def _send(worker: subprocess.Popen[bytes], value: Any) -> None:
@@ -110,15 +114,31 @@ def _send(worker: subprocess.Popen[bytes], value: Any) -> None:
 
 
 def work() -> None:
-    """What a worker does: answers lists of records with chunks until nobody asks."""
+    """What a worker does: answers lists of records with chunks until nobody asks.
+
+    What goes wrong with a list is its answer, an exception.
+    """
     asked, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever a library prints is no answer
     tokenizer, cfg = pickle.load(asked)
     chat = chat_of(tokenizer)
     try:
         while True:
-            chunk = make_chunk(pickle.load(asked), chat, cfg)
-            pickle.dump(chunk, answers, pickle.HIGHEST_PROTOCOL)
+            answers.write(_answer(pickle.load(asked), chat, cfg))
             answers.flush()
     except (EOFError, BrokenPipeError):
         return
+
+
+def _answer(records: list[Example | BadRow], chat: Chat, cfg: Data) -> bytes:
+    """The chunk of some records, or the exception in its place, pickled."""
+    try:
+        return pickle.dumps(make_chunk(records, chat, cfg), pickle.HIGHEST_PROTOCOL)
+    except Exception as error:  # raised again by the process that asked
+        error.add_note(f"in a process that tokenizes: {traceback.format_exc()}")
+        try:
+            answer = pickle.dumps(error)
+            pickle.loads(answer)
+        except Exception:  # not every exception can be sent
+            answer = pickle.dumps(RuntimeError(traceback.format_exc()))
+        return answer

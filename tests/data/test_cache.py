@@ -1,13 +1,16 @@
 """Tokenized files are kept, found again, made anew when anything changes, and never half there."""
 
+import io
+import queue
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from jaxtune.data import dataset, load, load_tokenizer, workers
+from jaxtune.data import Example, Message, dataset, load, load_tokenizer, tokenize, workers
 from jaxtune.data.batch import TokenRow
 from jaxtune.data.table import table_of
 from jaxtune.errors import ConfigError, DataError
@@ -119,6 +122,22 @@ def test_a_worker_that_dies_is_named(byte_tokenizer, write_rows, monkeypatch):
     monkeypatch.setattr(workers.sys, "executable", "false")
     with pytest.raises(DataError, match="has ended by itself.*data.workers"):
         run(byte_tokenizer, write_rows(map(alpaca, range(9))), "", workers=1)
+
+
+def test_what_a_worker_raises_is_raised(byte_tokenizer):
+    def ask(answer: bytes):
+        idle = queue.Queue()
+        idle.put(SimpleNamespace(stdin=io.BytesIO(), stdout=io.BytesIO(answer)))
+        return workers._ask(idle, [])
+
+    chat = tokenize.chat_of(byte_tokenizer)
+    good = Example((Message("user", "q"), Message("assistant", "a")))
+    assert len(ask(workers._answer([good], chat, Data())).lengths) == 1
+    with pytest.raises(AttributeError) as caught:
+        ask(workers._answer([good], None, Data()))
+    assert "make_chunk" in caught.value.__notes__[0]
+    with pytest.raises(DataError, match="has ended by itself"):
+        ask(workers._answer([good], chat, Data())[:-9])
 
 
 RACE = """
