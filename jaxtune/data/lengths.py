@@ -107,7 +107,8 @@ def _last_rounds(
 
 def _only_row(example: Example, train_on: str, chat: Chat) -> TokenRow:
     made = rows_of(chat, [example], train_on)[0]
-    if isinstance(made, RowError):  # its longer form was rendered, so this is a whim of a template
+    # Its longer form was rendered, so an error is a whim of a template; no row: nothing is learnt.
+    if isinstance(made, RowError) or not made:
         return TokenRow(np.empty(0, np.int32), np.empty(0, bool))
     return made[-1]
 

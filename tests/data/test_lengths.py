@@ -67,6 +67,15 @@ def test_last_rounds_of_a_template_that_makes_a_row_of_each_answer(write_rows):
     assert all(len(row.tokens) <= 100 for row in made.rows) and made.stats.truncated == 2
 
 
+def test_last_rounds_without_an_answer_to_learn(write_rows):
+    tokenizer = load_tokenizer("tiny:llama", template="qwen3")
+    row = say("first", "one " * 30, "second " * 9, "two", "third", "three")
+    for turn in row["messages"][3:]:
+        turn["weight"] = 0
+    made = run(tokenizer, write_rows([row, say("q", "a")]), max_seq_len=100, overlong="last_rounds")
+    assert (made.stats.rows, made.stats.untrained) == (1, 1)
+
+
 def test_source_and_target_are_cut_as_in_paddlenlp(raw, write_rows):
     """src loses its beginning, tgt its end; EOS only stands behind a whole tgt."""
 
