@@ -162,8 +162,9 @@ def load(
     train = tokenized(found)
     if measured is not None or not cfg.eval_fraction:
         return train.dataset(np.ones(len(train.is_bad), bool), seed), measured
-    part = _held_out(~train.is_bad, cfg.eval_fraction, seed)
-    return train.dataset(~part, seed), train.dataset(part)
+    considered = train.considered()
+    part = _held_out(considered & ~train.is_bad, cfg.eval_fraction, seed)
+    return train.dataset(considered & ~part, seed), train.dataset(part)
 
 
 class _Sources:
@@ -184,6 +185,12 @@ class _Sources:
         )
         check_vocabulary(self._made.highest, tokenizer, vocab_size)
         self.is_bad = self._made.counts[:, COUNTED.index("bad")] > 0
+
+    def considered(self) -> np.ndarray:
+        """The records that data.max_samples leaves, bool [E]."""
+        usable = np.zeros(len(self.is_bad), bool)
+        usable[self._made.owners] = True
+        return mixtures.considered(usable, self._made.sizes, self._cfg)
 
     def dataset(self, part: np.ndarray, seed: int | None = None) -> Dataset:
         """The dataset of some records.

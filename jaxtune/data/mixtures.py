@@ -57,6 +57,22 @@ def mixed(
     return np.array([chosen[source][row] for source, row in pairs], np.int64)
 
 
+def considered(usable: np.ndarray, sizes: Sequence[int], cfg: Data) -> np.ndarray:
+    """Which records come before the end of data.max_samples usable ones of their source, bool [E].
+
+    Args:
+        usable: bool [E], the records of one source after the other.
+        sizes: records of each source.
+        cfg: the data section of the config.
+    """
+    limits = _for_each(cfg.max_samples, len(sizes), "max_samples")
+    if not limits:
+        return np.ones(len(usable), bool)
+    parts = np.split(usable, np.cumsum(sizes)[:-1])
+    pairs = zip(parts, limits, strict=True)
+    return np.concatenate([np.cumsum(part) - part < limit for part, limit in pairs])
+
+
 def _for_each(given: tuple, count: int, name: str) -> tuple:
     """One value for each source: as many as there are, or one for all."""
     if len(given) == 1:

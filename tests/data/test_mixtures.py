@@ -103,6 +103,14 @@ def test_held_out_rows_are_not_among_the_repeated(byte_tokenizer, write_rows):
     assert len(learnt) == 3 * 18
 
 
+def test_held_out_rows_are_among_the_first_that_are_considered(byte_tokenizer, write_rows):
+    options = {"max_samples": (8, 3), "eval_fraction": 0.3}
+    parts = run(byte_tokenizer, write_sources(write_rows), **options)
+    asked = [row.messages[0].content for part in parts for row in part.examples]
+    assert sorted(asked) == [*(f"a{i}" for i in range(8)), "b0", "b1", "b2"]
+    assert [len(part.rows) for part in parts] == [8, 3]
+
+
 def test_rows_that_sft_cannot_learn(byte_tokenizer, write_rows):
     path = write_rows([{"prompt": "q", "chosen": "a", "rejected": "b"}])
     with pytest.raises(ConfigError, match="rows.jsonl:1: preferences cannot be trained on by"):
