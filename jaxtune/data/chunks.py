@@ -1,6 +1,7 @@
 """Examples -> tokenized rows that fit, with everything that was left out counted."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,6 +19,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 COUNTED: tuple[str, ...] = ("bad", "truncated", "dropped", "untrained", "split", "unended")
+
+
+@dataclass
+class Tally:
+    """Counts over all that was read so far; `floor` records at least count as read."""
+
+    records: int = 0
+    bad: int = 0
+    floor: int = 0
 
 
 def make_chunk(records: Sequence[Example | BadRow], chat: Chat, cfg: Data) -> Chunk:
@@ -58,8 +68,10 @@ def make_chunk(records: Sequence[Example | BadRow], chat: Chat, cfg: Data) -> Ch
     )
 
 
-def check_chunks(chunks: Iterable[Chunk], cfg: Data) -> Iterator[Chunk]:
+def check_chunks(chunks: Iterable[Chunk], cfg: Data, tally: Tally | None = None) -> Iterator[Chunk]:
     """Passes chunks on and, after the last, judges what was bad in all of them.
+
+    With a tally, which grows, the share of bad rows is that of all chunks it has counted.
 
     Raises:
         DataError: there are bad rows, or more than `max_bad_fraction` where they may be skipped; or
@@ -67,13 +79,14 @@ def check_chunks(chunks: Iterable[Chunk], cfg: Data) -> Iterator[Chunk]:
     """
     bad: list[str] = []
     overlong: list[str] = []
-    records = 0
+    tally = Tally() if tally is None else tally
     for chunk in chunks:
         yield chunk
         bad += chunk.bad
         overlong += chunk.overlong
-        records += len(chunk.counts)
-    _check_bad(bad, records, cfg)
+        tally.records += len(chunk.counts)
+        tally.bad += len(chunk.bad)
+    _check_bad(bad, tally, cfg)
     if overlong:
         raise DataError(
             f"{len(overlong)} rows are longer than data.max_seq_len={cfg.max_seq_len} - raise it, "
@@ -108,13 +121,13 @@ def _tokenized(
             yield record, made
 
 
-def _check_bad(bad: Sequence[str], records: int, cfg: Data) -> None:
+def _check_bad(bad: Sequence[str], tally: Tally, cfg: Data) -> None:
     if not bad:
         return
-    found = f"{len(bad)} of {records} rows are bad"
+    found = f"{tally.bad} of {tally.records} rows are bad"
     if cfg.on_bad_row == "error":
         raise DataError(f"{found} - repair them, or set data.on_bad_row=skip:{listing(bad)}")
-    if len(bad) > cfg.max_bad_fraction * records:
+    if tally.bad > cfg.max_bad_fraction * max(tally.records, tally.floor):
         raise DataError(
             f"{found}, more than data.max_bad_fraction={cfg.max_bad_fraction} - repair them, "
             f"or raise the limit:{listing(bad)}"

@@ -79,8 +79,40 @@ def convert(
         DataError: the first row fits no format.
         ConfigError: data.function is none.
     """
-    function = None if cfg.function is None else formats.row_function(cfg.function)
     format_name = None if source.format == "auto" else source.format
+    for row in _renamed(rows, source, cfg):
+        if isinstance(row, BadRow):
+            yield row
+            continue
+        format_name = format_name or formats.recognise(row)
+        try:
+            example = formats.to_example(row, format_name)
+        except RowError as error:
+            yield BadRow(row.origin, error.field, error.reason)
+            continue
+        if cfg.template == "none" and isinstance(example, Example):
+            example = replace(example, raw=True)
+        yield example
+
+
+def format_of(rows: Iterable[Record | BadRow], source: Source, cfg: Data) -> str:
+    """The format of one file of a source, which its first usable row shows; "auto" without one.
+
+    Raises:
+        DataError, ConfigError: as `convert`.
+    """
+    if source.format != "auto":
+        return source.format
+    usable = (row for row in _renamed(rows, source, cfg) if isinstance(row, Record))
+    first = next(usable, None)
+    return "auto" if first is None else formats.recognise(first)
+
+
+def _renamed(
+    rows: Iterable[Record | BadRow], source: Source, cfg: Data
+) -> Iterator[Record | BadRow]:
+    """The rows with our names of fields, after data.function."""
+    function = None if cfg.function is None else formats.row_function(cfg.function)
     for row in rows:
         if isinstance(row, BadRow):
             yield row
@@ -88,13 +120,8 @@ def convert(
         try:
             fields = rename(row.fields, source)
             fields = fields if function is None else formats.apply(function, fields)
-            if fields is None:
-                continue
-            record = Record(row.origin, fields)
-            format_name = format_name or formats.recognise(record)
-            example = formats.to_example(record, format_name)
-            if cfg.template == "none" and isinstance(example, Example):
-                example = replace(example, raw=True)
-            yield example
         except RowError as error:
             yield BadRow(row.origin, error.field, error.reason)
+            continue
+        if fields is not None:
+            yield Record(row.origin, fields)

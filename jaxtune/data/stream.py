@@ -6,6 +6,7 @@ follow each other without end, so a place in the stream is one number.
 """
 
 import copy
+import dataclasses
 import functools
 import hashlib
 import io
@@ -18,12 +19,12 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from jaxtune.data import cache, sources
-from jaxtune.data.chunks import check_chunks, check_vocabulary, make_chunk
+from jaxtune.data.chunks import Tally, check_chunks, check_vocabulary, make_chunk
 from jaxtune.data.examples import Example
 from jaxtune.data.json_rows import BOM, read_lines
 from jaxtune.data.locations import Source
 from jaxtune.data.position import ROW_OPTIONS, identity_of
-from jaxtune.data.records import examples_of
+from jaxtune.data.records import examples_of, format_of
 from jaxtune.data.rows import BadRow
 from jaxtune.data.table import Chunk, TokenTable, joined
 from jaxtune.data.tokenize import chat_of
@@ -42,10 +43,14 @@ NOT_IN_STREAM = ("on_bad_row", "max_bad_fraction", "registry", "columns")
 LOOKED, PLACE = 1 << 26, 1 << 14
 _one_at_a_time = threading.Lock()  # a fast tokenizer cannot be used by two threads
 PROBED = 8  # units looked at for a first usable row
+JUDGED = 500  # rows at least of which data.max_bad_fraction is a share: units may hold very few
 
 
 class Unit(NamedTuple):
-    """The rows of a file that begin at bytes `start` to `stop`; all rows if `stop` is None."""
+    """The rows of a file that begin at bytes `start` to `stop`; all rows if `stop` is None.
+
+    The format of `source` is that of the whole file, where the file has several units.
+    """
 
     source: Source
     path: Path
@@ -74,6 +79,7 @@ class Stream:
     mean_length: float
     _tokenizer: "PreTrainedTokenizerFast"
     _vocab_size: int
+    _tally: Tally
 
     @property
     def stats(self) -> str:
@@ -95,7 +101,8 @@ class Stream:
             places = [_permutation(size, seed, n // size)[n % size] for n in numbers]
         else:
             places = [n % size for n in numbers]
-        return _table([self.units[p] for p in places], self.cfg, self._tokenizer, self._vocab_size)
+        chosen = [self.units[p] for p in places]
+        return _table(chosen, self.cfg, self._tokenizer, self._vocab_size, self._tally)
 
 
 def open_stream(
@@ -107,10 +114,13 @@ def open_stream(
         ConfigError, DataError, WeightError: as `dataset.load`.
     """
     paths = [path for source in found for path in source.files]
-    units = [unit for source in found for path in source.files for unit in _units(source, path)]
-    table = _table(units[:1], cfg, tokenizer, vocab_size)
+    units = [
+        unit for source in found for path in source.files for unit in _units(source, path, cfg)
+    ]
+    tally = Tally(floor=JUDGED)
+    table = _table(units[:1], cfg, tokenizer, vocab_size, tally)
     for unit in units[1:PROBED]:
-        table = table if len(table) else _table([unit], cfg, tokenizer, vocab_size)
+        table = table if len(table) else _table([unit], cfg, tokenizer, vocab_size, tally)
     if not len(table):
         names = ", ".join(source.name for source in found)
         raise DataError(f"{names}: no usable row in the first units - check the files")
@@ -131,10 +141,11 @@ def open_stream(
         mean_length=float(table.lengths.mean()),
         _tokenizer=copy.deepcopy(tokenizer),  # used by threads while others use the original
         _vocab_size=vocab_size,
+        _tally=Tally(floor=JUDGED),
     )
 
 
-def _units(source: Source, path: Path) -> list[Unit]:
+def _units(source: Source, path: Path, cfg: Data) -> list[Unit]:
     """The units of a file."""
     if source.num_samples is not None:
         raise DataError(
@@ -147,6 +158,10 @@ def _units(source: Source, path: Path) -> list[Unit]:
         head = file.read(1 << 16).removeprefix(BOM).lstrip()
     if head.startswith(b"{"):
         starts = range(0, size, UNIT)
+        if len(starts) > 1:
+            with path.open("rb") as file:
+                name = format_of(read_lines(path, file, cfg.max_line_bytes), source, cfg)
+            source = dataclasses.replace(source, format=name)
         return [Unit(source, path, start, min(start + UNIT, size)) for start in starts]
     if size > LARGEST:
         raise DataError(
@@ -177,9 +192,13 @@ def _permutation(size: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def _table(
-    units: Sequence[Unit], cfg: Data, tokenizer: "PreTrainedTokenizerFast", vocab_size: int
+    units: Sequence[Unit],
+    cfg: Data,
+    tokenizer: "PreTrainedTokenizerFast",
+    vocab_size: int,
+    tally: Tally,
 ) -> TokenTable:
-    """The tokenized rows of some units."""
+    """The tokenized rows of some units; `tally` counts them."""
 
     def chunks() -> Iterator[Chunk]:
         chat = chat_of(tokenizer)
@@ -188,7 +207,7 @@ def _table(
                 yield make_chunk(batch, chat, cfg)
 
     with _one_at_a_time:
-        table = joined(list(check_chunks(chunks(), cfg)))
+        table = joined(list(check_chunks(chunks(), cfg, tally)))
     check_vocabulary(int(table.tokens.max(initial=-1)), tokenizer, vocab_size)
     return table
 

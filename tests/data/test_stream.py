@@ -206,3 +206,29 @@ def test_options_that_change_rows_are_detected(byte_tokenizer, files, tmp_path, 
     assert base == fingerprint(**skip)
     module.write_text("def same(row):\n    return {**row}\n")
     assert base != fingerprint(function="stream_function:same")
+
+
+def test_the_share_of_bad_rows_is_that_of_all_read(byte_tokenizer, write_rows, small_units):
+    rows = [*map(alpaca, range(40)), b"{oops", b"{again", *map(alpaca, range(40))]
+    skip = {"on_bad_row": "skip", "shuffle": False}
+    source = opened(byte_tokenizer, [write_rows(rows)], max_bad_fraction=0.01, **skip)
+    tables = [source.read(n, 1, 0) for n in range(len(source.units))]
+    assert sum(map(len, tables)) == 80  # 2 of the few rows of a unit
+    with pytest.raises(DataError, match=r"10 of 410 rows are bad, more than"):
+        source.read(0, 4 * len(source.units), 0)
+    with pytest.raises(DataError, match="1 of|2 of"):
+        source = opened(byte_tokenizer, [write_rows(rows)], max_bad_fraction=0.0, **skip)
+        source.read(0, len(source.units), 0)
+
+
+def test_the_first_row_of_a_file_shows_the_format_of_all_units(
+    byte_tokenizer, write_rows, small_units
+):
+    other = [{"prompt": f"q{i:04}", "completion": "word"} for i in range(10)]
+    path = write_rows([b"{oops", *map(alpaca, range(20)), *other])
+    skip = {"on_bad_row": "skip", "max_bad_fraction": 0.5, "shuffle": False}
+    source = opened(byte_tokenizer, [path], **skip)
+    assert {unit.source.format for unit in source.units} == {"alpaca"}
+    assert len(source.read(0, len(source.units), 0)) == 20
+    (unit,) = opened(byte_tokenizer, [write_rows([alpaca(0)], "one")], **skip).units
+    assert unit.source.format == "auto"
