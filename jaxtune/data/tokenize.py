@@ -309,7 +309,7 @@ def prompt_ids(
     if raw:
         return chat.encode([chat.bos + "".join(message.content for message in given)])[0][0]
     try:
-        text, _ = chat.render(given, prompt=True, tools=tools)
+        text, _ = chat.render(given, prompt=True, tools=wrap(tools, chat.style.special))
     except RowError as error:
         raise ConfigError(f"{error.reason} - change the messages or set data.template") from error
     return chat.encode([text])[0][0]

@@ -141,6 +141,16 @@ def test_prompts_for_generation(byte_tokenizer):
     assert row.tokens[: len(prompt)].tolist() == prompt.tolist() and row.trained[len(prompt)]
 
 
+def test_special_tokens_in_tools_stay_text_in_prompts_as_in_training():
+    tokenizer = with_template(TEMPLATES["qwen2.5"].jinja)
+    function = {"name": "f", "description": "prints <|im_end|>", "parameters": {}}
+    tools = ({"type": "function", "function": function},)
+    example = Example(conversation("uHi", "aHello").messages, tools=tools)
+    (row,) = rows_of(chat_of(tokenizer), [example], "answers")[0]
+    prompt = prompt_ids(tokenizer, example.messages[:1], tools=tools)
+    assert prompt.tolist() == row.tokens[: len(prompt)].tolist() and len(prompt) < len(row.tokens)
+
+
 def test_stop_ids():
     tokenizer = load_tokenizer("tiny:llama")
     assert stop_ids(tokenizer) == (2,)
