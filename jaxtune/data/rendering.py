@@ -196,7 +196,11 @@ def compile_template(template: str) -> Callable[..., str]:
 
 
 def take_markers(text: str) -> tuple[str, list[Span]]:
-    """The text without markers, and the spans of characters that they enclose."""
+    """The text without markers, and the spans of characters that they enclose.
+
+    Raises:
+        jinja2.TemplateError: the template prints a marker itself, so that they are no pairs.
+    """
     if not MARKERS.search(text):
         return text, []
     pieces, spans, place, starts = [], [], 0, []
@@ -204,8 +208,12 @@ def take_markers(text: str) -> tuple[str, list[Span]]:
         if piece == GENERATION_START:
             starts.append(place)
         elif piece == GENERATION_END:
+            if not starts:
+                _refuse("prints the reserved character U+FDD3")
             spans.append((starts.pop(), place))
         else:
             pieces.append(piece)
             place += len(piece)
+    if starts:
+        _refuse("prints the reserved character U+FDD2")
     return "".join(pieces), spans

@@ -96,11 +96,11 @@ class Chat:
                 add_generation_prompt=prompt,
                 **self.tokenizer.special_tokens_map,
             )
+            return take_markers(text)
         except Exception as error:  # whatever a foreign program provokes is the row's problem
             has_tools = any(message.tool_calls for message in messages)
             hint = f" ({TOOLS_HINT})" if has_tools else ""
             raise RowError("", f"the chat template refuses it: {error}{hint}") from error
-        return take_markers(text)
 
     def rows(self, example: Example, last_only: bool) -> list[Rendering]:
         """The texts of an example (see `masks.render_rows`) and what is learnt in them.
@@ -222,7 +222,7 @@ def _checked_chat(tokenizer: "PreTrainedTokenizerFast", template: str) -> Chat:
     rows = rows_of(chat, [PROBE], "answers")[0]
     if isinstance(rows, RowError):
         raise ConfigError(
-            f"the tokenizer's chat template cannot be used: {rows} - "
+            f"the tokenizer's chat template cannot be used: {rows.reason} - "
             f"set data.template to one of {', '.join(TEMPLATES)}"
         )
     return replace(chat, style=chat.style._replace(turn=_turn_of(chat)))

@@ -242,6 +242,12 @@ def test_a_template_that_never_ends_is_given_up(monkeypatch):
     assert time.monotonic() - start < 3
 
 
+@pytest.mark.parametrize("marker", ["\ufdd2", "\ufdd3"])
+def test_a_template_that_prints_a_reserved_character_is_refused(marker):
+    with pytest.raises(ConfigError, match=r"reserved character U\+FDD[23] - set data.template"):
+        chat_of(with_template(marker + TEMPLATES["chatml"].jinja))
+
+
 def test_a_row_that_the_template_refuses_is_only_that_rows_problem():
     strict = (
         "{% if messages[0].role == 'system' %}{{ raise_exception('no system turn') }}{% endif %}"
