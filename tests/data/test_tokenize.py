@@ -1,10 +1,12 @@
 import json
 import time
 
+import jinja2
 import numpy as np
 import pytest
 
 from jaxtune.data import Example, Message, load_tokenizer, prompt_ids, stop_ids
+from jaxtune.data.rendering import compile_template
 from jaxtune.data.rows import RowError
 from jaxtune.data.templates import TEMPLATES
 from jaxtune.data.tokenize import chat_of, rows_of
@@ -189,9 +191,9 @@ def test_a_tokenizer_that_adds_bos_gets_it_once(tmp_path):
         ("{% for m in messages %", "cannot be used"),
         (MARKERS.replace("'assistant'", "'model'", 1), "marks nothing to learn"),
         ("{{ 'a' * 1000000000000 }}", "makes a text of more than"),
-        ("{{ 'a'.ljust(1000000000) }}", "makes a text of more than"),
-        ("{{ '%1000000000d' % 1 }}", "makes a text of more than"),
-        ("{{ '{:1000000000}'.format(1) }}", "makes a text of more than"),
+        ("{{ 'a'.ljust(1000000000) }}", "'ljust' of 'str' object is unsafe"),
+        ("{{ '%1000000000d' % 1 }}", "only %s and %d are allowed"),
+        ("{{ '{:1000000000}'.format(1) }}", "'format' of 'str' object is unsafe"),
         ("{{ 10 ** 1000000 }}", "computes with numbers above"),
         ("{{ range(100) | tojson(indent=10000000) }}", "cannot be used"),
         (GROWS.replace("GROW", "x ~ x"), "makes a text of more than"),
@@ -246,6 +248,48 @@ def test_a_template_that_never_ends_is_given_up(monkeypatch):
 def test_a_template_that_prints_a_reserved_character_is_refused(marker):
     with pytest.raises(ConfigError, match=r"reserved character U\+FDD[23] - set data.template"):
         chat_of(with_template(marker + TEMPLATES["chatml"].jinja))
+
+
+LOOPS = "{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %}{% endfor %}"
+NESTED = "{% set n = namespace(x='a') %}{% for i in range(60) %}{% set n.x = WHAT %}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{% set _look_at_clock = dict %}" + LOOPS, "takes more than"),
+        ("{{ range(9999)|map('trim', 'x' * 9999999)|list }}", "takes more than"),
+        ("{{ ((0,) * 40000000)|length }}", "makes a text of more than"),
+        (NESTED.replace("WHAT", "[n.x, n.x]") + "{{ n.x }}", "takes|makes"),
+        (NESTED.replace("WHAT", "dict(a=n.x, b=n.x)") + "{{ n.x }}", "takes|makes"),
+        ("{{ (1).to_bytes(40000000, 'big') }}", "'to_bytes' of 'int' object is unsafe"),
+        ("{{ '%*d' % (40000000, 1) }}", "only %s and %d are allowed"),
+        ("{{ strftime_now('%40000000d') }}", "only plain %d and %-d are allowed"),
+        ("{{ 'a'|indent(40000000, true) }}", "No filter named 'indent'"),
+        ("{{ [1]|batch(40000000, 0)|list }}", "No filter named 'batch'"),
+        ("{{ lipsum(20000) }}", "'lipsum' is undefined"),
+        ("{{ [1]|tojson(separators=('x' * 1000000, ':')) }}", "separates JSON by more than 16"),
+        ("{{ [1]|tojson(indent=1000000) }}", "indents JSON by 1000000"),
+    ],
+)
+def test_time_and_memory_of_templates_are_bounded(monkeypatch, template, reason):
+    monkeypatch.setattr("jaxtune.data.rendering.MAX_SECONDS", 0.1)
+    start = time.monotonic()
+    with pytest.raises(jinja2.TemplateError, match=reason):
+        compile_template(template)(messages=[])
+    assert time.monotonic() - start < 3
+
+
+def test_what_chat_templates_use_is_allowed():
+    template = (
+        "{% macro m(a) %}<{{ a }}>{% endmacro %}{% set n = namespace(a=1) %}{% set n.a = n.a + 1 %}"
+        "{{ '%s, %d' % (x, 3) }} {{ [1, 2]|map('string')|join('-') }} {{ 'a' ~ x ~ n.a }} "
+        "{{ m([x, x]) }} {{ {'a': [1, x]}|tojson }} {{ strftime_now('%d %b %Y') }} "
+        "{% for key, value in {'k': x}.items() %}{{ key + value }}{% endfor %} "
+        "{{ [x, 'w']|reject('equalto', 'w')|list }} {{ x.strip().split('b')[0] }}"
+    )
+    expected = "vb, 3 1-2 avb2 <['vb', 'vb']> {\"a\": [1, \"vb\"]} 26 Jul 2024 kvb ['vb'] v"
+    assert compile_template(template)(x="vb") == expected
 
 
 def test_a_row_that_the_template_refuses_is_only_that_rows_problem():
