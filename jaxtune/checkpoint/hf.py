@@ -20,6 +20,7 @@ from jaxtune import quant
 from jaxtune.checkpoint.tensors import Checkpoint
 from jaxtune.distributed import to_device
 from jaxtune.errors import WeightError, listing
+from jaxtune.models import read_config
 from jaxtune.models.base import Weight
 from jaxtune.quant import QArray, take_columns
 
@@ -181,9 +182,11 @@ def _check_names(
 
 def is_surplus(checkpoint: Checkpoint, weights: Sequence[Weight], name: str) -> bool:
     """Whether a stored tensor says nothing: an old buffer, or the copy of a tied head."""
+    if _HARMLESS.fullmatch(name):
+        return True
     heads = {row.hf for row in weights if row.ours == "lm_head.kernel"}
-    tied = checkpoint.config.get("tie_word_embeddings", False)
-    return bool(tied and name in heads or _HARMLESS.fullmatch(name))
+    # The family knows what config.json does not say: many are tied unless it says otherwise.
+    return name in heads and read_config(checkpoint.config, checkpoint.name)[1].tie_embeddings
 
 
 def _read(checkpoint: Checkpoint, name: str) -> Any:

@@ -181,6 +181,22 @@ def test_tied_head(tmp_path: Path, describe: Callable):
     assert set(tensors_of(tmp_path / "out")) == set(tiny.tensors) - {"lm_head.weight"}
 
 
+def test_the_copy_of_a_head_that_the_family_ties_by_default(tmp_path: Path, describe: Callable):
+    """As tiiuae/falcon-7b has it: config.json does not say that the head is tied."""
+    tiny = open_checkpoint("tiny:falcon")
+    config = {name: x for name, x in tiny.config.items() if name != "tie_word_embeddings"}
+    table = tiny.read("transformer.word_embeddings.weight")
+    model = describe(tiny, "scan")
+    copied = changed(replace(tiny, config=config), {"lm_head.weight": table})
+    params = load_weights(copied, model.weights, model.abstract, model.stacks)
+    save_model(tmp_path / "out", params, copied, model.weights, model.stacks)
+    assert set(tensors_of(tmp_path / "out")) == set(tiny.tensors)
+    untied = replace(copied, config=config | {"tie_word_embeddings": False})
+    params.pop("norm.scale")
+    save_model(tmp_path / "out", params, untied, model.weights, model.stacks)
+    assert set(tensors_of(tmp_path / "out")) == {*tiny.tensors, "lm_head.weight"}
+
+
 def test_float64_source(describe: Callable):
     tiny = open_checkpoint("tiny:llama")
     model = describe(tiny, "scan")
