@@ -8,7 +8,7 @@ from typing import Any
 
 from jaxtune import data, process
 from jaxtune.build import Run
-from jaxtune.infer import Sampling, generate
+from jaxtune.infer import Sampling, generate, stop_ids
 from jaxtune.log import Log, read_rows, warn
 from jaxtune.sharding.rules import batch_shards
 from jaxtune.step import make_eval_step
@@ -80,13 +80,12 @@ class HeldOut:
             data.prompt_ids(self._tokenizer, row.messages[:-1], tools=row.tools, raw=row.raw)
             for row in rows
         ]
-        stops = data.stop_ids(self._tokenizer)
         outputs = generate(
             self._run.skeleton,
             {**self._frozen, **trainable},
             [prompt.tolist() for prompt in prompts],
             max_new_tokens=config.max_new_tokens,
-            eos_ids=stops,
+            eos_ids=stop_ids(self._run.checkpoint, self._tokenizer),
             sampling=Sampling(),
         )
         answers = [self._tokenizer.decode(ids, skip_special_tokens=True) for ids in outputs]

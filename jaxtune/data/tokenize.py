@@ -316,14 +316,18 @@ def prompt_ids(
 
 
 def stop_ids(tokenizer: "PreTrainedTokenizerFast") -> tuple[int, ...]:
-    """Tokens that end an answer: EOS, and what the chat template puts after an answer."""
+    """Tokens that end an answer: EOS, and what the chat template puts after an answer.
+
+    After the last answer a template may print less than between turns, as GLM-4's does, so every
+    learnt stretch of the probe counts.
+    """
     eos: Any = tokenizer.eos_token_id
     stops = [] if eos is None else [int(eos)]
     if tokenizer.chat_template is not None:
         chat = chat_of(tokenizer)
         rows = rows_of(chat, [PROBE], "answers")[0]
         assert not isinstance(rows, RowError)  # chat_of has just rendered it
-        last = int(rows[-1].tokens[rows[-1].trained][-1])
-        if chat.is_ended(rows[-1]) and last not in stops:
-            stops.append(last)
-    return tuple(stops)
+        for row in rows:
+            is_last = row.trained & ~np.append(row.trained[1:], False)
+            stops += [i for i in row.tokens[is_last].tolist() if i in chat.special_ids.values()]
+    return tuple(dict.fromkeys(stops))

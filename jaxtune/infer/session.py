@@ -194,7 +194,7 @@ def load(
     loaded = data.load_tokenizer(source, template=template)
     mesh = make_mesh({"data": 1}, jax.devices()[:1]) if mesh is None else mesh
     skeleton, params = _open(checkpoint, None if adapter is None else Path(adapter), dtype, mesh)
-    return Session(skeleton, params, loaded, _stop_ids(checkpoint, loaded))
+    return Session(skeleton, params, loaded, stop_ids(checkpoint, loaded))
 
 
 def _open(
@@ -232,8 +232,8 @@ def _open(
     return skeleton, params | values
 
 
-def _stop_ids(checkpoint: Checkpoint, tokenizer: Any) -> frozenset[int]:
-    """The tokenizer's, and those that the model's generation config names."""
+def stop_ids(checkpoint: Checkpoint, tokenizer: Any) -> frozenset[int]:
+    """Tokens that end an answer: the tokenizer's, and those of the model's generation config."""
     named = (checkpoint.generation_config or {}).get("eos_token_id")
     named = [] if named is None else named if isinstance(named, list) else [named]
     return frozenset(data.stop_ids(tokenizer)) | frozenset(named)

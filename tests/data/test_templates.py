@@ -14,7 +14,7 @@ from jaxtune.data import Example, Message, load_tokenizer
 from jaxtune.data.rendering import compile_template
 from jaxtune.data.rows import RowError
 from jaxtune.data.templates import TEMPLATES
-from jaxtune.data.tokenize import chat_of, rows_of
+from jaxtune.data.tokenize import chat_of, rows_of, stop_ids
 from jaxtune.errors import ConfigError
 from tests.data.conftest import SHARED
 
@@ -168,6 +168,16 @@ def test_the_next_role_ends_an_answer_of_glm():
     tokenizer = tokenizer_for("glm4")
     (row,) = rows_of(chat_of(tokenizer), [Example(CONVERSATION)], "answers")[0]
     assert tokenizer.decode(row.tokens[row.trained]) == "Hello<|user|>Ciao</s>"
+
+
+@pytest.mark.parametrize(
+    ("name", "token"),
+    [("glm4", "<|user|>"), ("chatglm3", "<|user|>"), ("baichuan2", "<reserved_106>")],
+)
+def test_what_is_learnt_to_end_an_answer_stops_generation(name, token):
+    tokenizer = tokenizer_for(name)
+    ids = tokenizer.convert_tokens_to_ids(["</s>", token])
+    assert stop_ids(tokenizer) == tuple(ids)
 
 
 CALLS = (
