@@ -9,7 +9,7 @@ from jaxtune.data.examples import KINDS, Example, Parsed
 from jaxtune.data.locations import Source, files_of
 from jaxtune.data.registry import read_registry, rename, source_of
 from jaxtune.data.rows import BadRow, Record, RowError
-from jaxtune.errors import ConfigError
+from jaxtune.errors import ConfigError, DataError, nearest
 from jaxtune.schema import Data
 
 
@@ -24,10 +24,17 @@ def sources_of(cfg: Data, split: str) -> list[Source]:
     columns = dict(_column(item) for item in cfg.columns)
     found = []
     for name in cfg.train if split == "train" else cfg.eval:
-        if cfg.registry is not None and (name in entries or not Path(name).expanduser().exists()):
+        if cfg.registry is not None and name in entries:
             found.append(source_of(name, entries, Path(cfg.registry).expanduser().parent))
-        else:
-            found.append(Source(name, files_of(name, split), cfg.format, columns))
+            continue
+        try:
+            files = files_of(name, split)
+        except DataError as error:
+            if cfg.registry is None:
+                raise
+            hint = nearest(name, entries)
+            raise DataError(f"{name} is no entry of data.registry{hint}; {error}") from error
+        found.append(Source(name, files, cfg.format, columns))
     return found
 
 

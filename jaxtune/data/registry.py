@@ -14,7 +14,7 @@ from typing import Any
 from jaxtune.data.fields import parsed
 from jaxtune.data.locations import Source, files_in, files_of
 from jaxtune.data.rows import RowError
-from jaxtune.errors import DataError, nearest
+from jaxtune.errors import DataError
 
 # LLaMA-Factory's name of a column -> ours, and its default where an entry has no `columns`.
 ALPACA = {"prompt": "instruction", "query": "input", "response": "output"}
@@ -52,18 +52,25 @@ def source_of(name: str, entries: Mapping[str, Any], folder: Path) -> Source:
     """The source that an entry describes.
 
     Args:
-        name: of the entry.
+        name: of an entry.
         entries: of the registry.
         folder: of the registry; file names are relative to it.
 
     Raises:
-        DataError: there is no such entry, or it needs something that cannot be read.
+        DataError: the entry is malformed, or needs something that cannot be read.
     """
-    if name not in entries:
-        raise DataError(
-            f"{name} is neither a file nor an entry of data.registry{nearest(name, entries)}"
-        )
     entry = entries[name]
+    if not isinstance(entry, dict):
+        raise DataError(
+            f'data.registry: {name} is {entry!r}, no object - write "{name}": {{"file_name": ...}}'
+        )
+    entry = {key: value for key, value in entry.items() if value is not None}
+    for key in ("columns", "tags"):
+        if not isinstance(entry.get(key, {}), dict):
+            raise DataError(
+                f"data.registry: {key}={entry[key]!r} of {name} is no object - write "
+                "LLaMA-Factory's names and the file's, or leave it out"
+            )
     columns = entry.get("columns", {})
     problems = [key for key in REFUSED if key in entry and "hf_hub_url" not in entry]
     problems += [f"columns.{key}" for key in MEDIA if columns.get(key)]

@@ -1,10 +1,11 @@
 """LLaMA-Factory's dataset_info.json; rows and counts are compared with its own in test_oracles."""
 
 import json
+from pathlib import Path
 
 import pytest
 
-from jaxtune.data import load
+from jaxtune.data import load, locations
 from jaxtune.data.records import convert, sources_of
 from jaxtune.data.registry import read_registry, source_of
 from jaxtune.data.rows import BadRow
@@ -75,13 +76,36 @@ def test_entries(registry, name, byte_tokenizer):
 
 
 def test_entries_that_cannot_be_read(registry):
-    with pytest.raises(DataError, match="plin is neither a file nor .*did you mean plain"):
+    with pytest.raises(DataError, match="plin is no entry of .*did you mean plain.*; .* does not"):
         sources_of(Data(train=("plin",), registry=registry), "train")
     for name, why in (("far", "ms_hub_url"), ("images", "columns.images")):
         with pytest.raises(DataError, match=f"{name} has {why}, which cannot be read"):
             sources_of(Data(train=(name,), registry=registry), "train")
     with pytest.raises(DataError, match="cannot read data.registry"):
         read_registry(registry + "x")
+    for entry, why in (
+        ("plain.json", "'plain.json', no object"),
+        ({"columns": [1]}, "columns=.1."),
+    ):
+        with pytest.raises(DataError, match=why):
+            source_of("odd", {"odd": entry}, Path(registry).parent)
+
+
+def test_what_is_no_entry_is_found_as_without_a_registry(registry, monkeypatch):
+    pattern = str(Path(registry).parent / "pl*.json")
+    (source,) = sources_of(Data(train=(pattern,), registry=registry), "train")
+    assert [file.name for file in source.files] == ["plain.json"]
+    monkeypatch.setattr(locations, "_download", lambda name, revision: Path(registry).parent)
+    (source,) = sources_of(Data(train=("org/name",), registry=registry), "train")
+    assert len(source.files) == len(ENTRIES)
+
+
+def test_null_is_absent(registry):
+    entry = {"file_name": "plain.json", "columns": None, "tags": None, "num_samples": None}
+    source = source_of("plain", {"plain": entry}, Path(registry).parent)
+    assert source == source_of(
+        "plain", {"plain": {"file_name": "plain.json"}}, source.files[0].parent
+    )
 
 
 def test_renamed_columns_without_a_registry(write_rows, byte_tokenizer):
