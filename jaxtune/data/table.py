@@ -144,27 +144,33 @@ def write(folder: Path, chunks: Iterable[Chunk], sizes: Callable[[], Sequence[in
             highest = max(highest, int(chunk.tokens.max(initial=-1)))
             num_records += len(chunk.counts)
             num_tokens += len(chunk.tokens)
-        for file in (tokens, flags):
-            file.flush()
-            os.fsync(file.fileno())
     for name, column in columns.items():
         np.save(folder / f"{name}.npy", np.concatenate(column))
     meta = {"highest": highest, "digest": digest.hexdigest(), "tokens": num_tokens}
     meta["sizes"] = list(sizes())
     (folder / META).write_text(json.dumps(meta))
+    for file in folder.iterdir():
+        with file.open("rb") as written:
+            os.fsync(written.fileno())
 
 
 _COLUMNS = ("lengths", "targets", "owners", "counts")
+_KNOWN = {"highest", "digest", "tokens", "sizes"}  # fields of META
 
 
 def read(folder: Path) -> Tokenized:
     """Maps a table that `write` left; nothing but its columns is read.
 
     Raises:
-        OSError, ValueError: a file is missing or has another size than it was written with.
+        OSError, ValueError: a file is missing, damaged or of another size than it was written with.
     """
     meta = json.loads((folder / META).read_text())
-    columns = {name: np.load(folder / f"{name}.npy", allow_pickle=False) for name in _COLUMNS}
+    if not isinstance(meta, dict) or meta.keys() != _KNOWN:
+        raise ValueError(f"{folder / META} is damaged")
+    try:
+        columns = {name: np.load(folder / f"{name}.npy", allow_pickle=False) for name in _COLUMNS}
+    except EOFError as error:  # an empty file
+        raise ValueError(f"{folder}: a column is damaged: {error}") from error
     lengths = columns.pop("lengths")
     table = TokenTable(
         _map(folder / "tokens.bin", TOKEN, meta["tokens"]),

@@ -89,6 +89,17 @@ def test_a_damaged_entry_is_made_anew(byte_tokenizer, write_rows, tmp_path, caps
     assert same_rows(again.rows, table_of(rows)) and len(entries(tmp_path / "cache")) == 1
 
 
+@pytest.mark.parametrize(("file", "content"), [("owners.npy", b""), ("meta.json", b"{}")])
+def test_an_emptied_entry_is_made_anew(byte_tokenizer, write_rows, tmp_path, capsys, file, content):
+    path = write_rows(map(alpaca, range(9)))
+    first = run(byte_tokenizer, path, tmp_path / "cache")[0]
+    (entry,) = entries(tmp_path / "cache")
+    (entry / file).write_bytes(content)
+    again = run(byte_tokenizer, path, tmp_path / "cache")[0]
+    assert len(again.rows) == len(first.rows)
+    assert "is damaged" in capsys.readouterr().err
+
+
 def test_nothing_is_left_of_files_that_are_refused(byte_tokenizer, write_rows, tmp_path):
     path = write_rows([alpaca(0), b"{oops"])
     with pytest.raises(DataError, match="1 of 2 rows are bad"):
