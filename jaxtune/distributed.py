@@ -184,6 +184,7 @@ def check_same(facts: Mapping[str, str]) -> None:
         client().key_value_set(f"{folder}/differing/{process.index()}", listing(differing, 5))
     wait_for_all("compared")
     found = client().key_value_dir_get(f"{folder}/differing")
+    _forget(folder)
     if found:
         raise ConfigError(
             f"{len(found)} of {process.count()} processes differ from process 0 - start all with "
@@ -198,7 +199,16 @@ def exchange(text: str) -> list[str]:
     folder = f"jaxtune/exchanged/{next(_calls)}"
     client().key_value_set(f"{folder}/{process.index()}", text)
     wait_for_all("exchanged")
-    return [client().key_value_try_get(f"{folder}/{n}") for n in range(process.count())]
+    given = [client().key_value_try_get(f"{folder}/{n}") for n in range(process.count())]
+    _forget(folder)
+    return given
+
+
+def _forget(folder: str) -> None:
+    """Deletes what was exchanged once all have read it: process 0 would keep it to the end."""
+    wait_for_all("read")
+    if process.is_first():
+        client().key_value_delete(folder)
 
 
 def leave() -> None:

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxtune import distributed
 from jaxtune.distributed import held_rows
 from tests.processes import Runs
 from tests.tolerances import SHARDED
@@ -114,6 +115,37 @@ def test_rows_of_processes_follow_their_devices():
     # The middle shard lies half on each of two processes.
     assert held(devices[:3], 6) == (0, 1, 2, 3) and held(devices[3:], 6) == (2, 3, 4, 5)
     assert held([devices[0], devices[5]], 6) == (0, 1, 4, 5)
+
+
+class Client(dict):
+    """A coordination service in which every process gives what this one does."""
+
+    def key_value_set(self, key: str, value: str) -> None:
+        self.update({key: value, key.removesuffix("0") + "1": value})
+
+    def key_value_delete(self, folder: str) -> None:
+        for key in [key for key in self if key.startswith(f"{folder}/")]:
+            del self[key]
+
+    def key_value_dir_get(self, folder: str) -> list:
+        return [(key, value) for key, value in self.items() if key.startswith(f"{folder}/")]
+
+    def blocking_key_value_get(self, key: str, _: int) -> str:
+        return self[key]
+
+    key_value_try_get = dict.__getitem__
+
+    def wait_at_barrier(self, _name: str, _milliseconds: int) -> None:
+        pass
+
+
+def test_nothing_stays_of_what_processes_agree_on(monkeypatch: pytest.MonkeyPatch):
+    client = Client()
+    monkeypatch.setattr(distributed, "client", lambda: client)
+    monkeypatch.setattr(distributed.process, "count", lambda: 2)
+    assert distributed.exchange("mine") == ["mine", "mine"]
+    distributed.check_same({"seed": "0"})
+    assert not client
 
 
 @pytest.mark.slow
