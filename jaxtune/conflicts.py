@@ -75,19 +75,7 @@ def contradictions(config: RunConfig) -> list[str]:
             "config.optim.embedding_learning_rate follows the schedule of optim.learning_rate, "
             "which is 0 - set both"
         )
-    for name in ("weights", "repeats", "max_samples"):
-        values, count = getattr(c.data, name), len(c.data.train)
-        if any(value <= 0 for value in values):
-            problems.append(f"config.data.{name}={values}: must be above 0")
-        if len(values) not in (0, 1, count):
-            problems.append(
-                f"config.data.{name} has {len(values)} values for {count} sources of data.train - "
-                "give one for each, or one"
-            )
-    if c.data.max_source_len is not None and c.data.max_source_len >= c.data.max_seq_len:
-        problems.append("config.data.max_source_len must be below max_seq_len - answers need room")
-    if c.data.template == "none" and c.data.enable_thinking is not None:
-        problems.append("config.data.enable_thinking needs a chat template - unset data.template")
+    problems += _bad_data(c)
     problems += _prompts(c) + _groups(c) + _unread(c)
     axes = c.mesh.axes()
     problems += [f"config.mesh.{name}=0: must be -1 or >= 1" for name, n in axes.items() if n == 0]
@@ -136,6 +124,30 @@ def _contradict_turns(c: RunConfig) -> list[str]:
         )
     if c.quant.format:
         problems.append(f"config.quant.format: {method} trains every layer sooner or later")
+    return problems
+
+
+def _bad_data(c: RunConfig) -> list[str]:
+    """Options of data that contradict each other or the prompt's."""
+    problems = []
+    for name in ("weights", "repeats", "max_samples"):
+        values, count = getattr(c.data, name), len(c.data.train)
+        if any(value <= 0 for value in values):
+            problems.append(f"config.data.{name}={values}: must be above 0")
+        if len(values) not in (0, 1, count):
+            problems.append(
+                f"config.data.{name} has {len(values)} values for {count} sources of data.train - "
+                "give one for each, or one"
+            )
+    room = c.data.max_seq_len - c.peft.prompt_tokens
+    if c.data.max_source_len is not None and c.data.max_source_len >= room:
+        less = f" less the {c.peft.prompt_tokens} virtual tokens" if c.peft.prompt_tokens else ""
+        problems.append(
+            f"config.data.max_source_len={c.data.max_source_len} must be below "
+            f"max_seq_len={c.data.max_seq_len}{less} - answers need room"
+        )
+    if c.data.template == "none" and c.data.enable_thinking is not None:
+        problems.append("config.data.enable_thinking needs a chat template - unset data.template")
     return problems
 
 

@@ -234,6 +234,11 @@ class Peft:
         None, "Hugging Face PEFT folder from which training continues (its rank and alpha are used)"
     )
 
+    @property
+    def prompt_tokens(self) -> int:
+        """Places of a row that every example leaves to virtual tokens."""
+        return self.num_virtual_tokens if self.method in ("prompt", "p_tuning") else 0
+
 
 @dataclass(frozen=True, kw_only=True)
 class Data:

@@ -125,6 +125,10 @@ def test_wrong_overrides(tmp_path: Path, option: str, message: str):
         (["model.offload_frozen=true", "peft.method=full"], "offload_frozen=True would be ignored"),
         (["model.offload_frozen=true", "model.remat=attention"], "attention would keep weights"),
         (["model.offload_frozen=true", "model.layers=unroll"], "fetches layers in a scan"),
+        (
+            ["data.overlong=truncate_source", "data.max_source_len=500", "peft.method=prompt"],
+            "max_source_len=500 must be below max_seq_len=512 less the 20 virtual tokens",
+        ),
         (["optim.name=adafactor", "optim.b1=0.9"], "b1=0.9 would be ignored: adafactor has its"),
         (["optim.name=lion", "optim.eps=1e-6"], "eps=1e-06 would be ignored: lion"),
         (["peft.method=lisa", "model.layers=unroll"], "goes over one stack"),

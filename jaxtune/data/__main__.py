@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from jaxtune import config, data
+from jaxtune import config, data, models
 from jaxtune.checkpoint.source import open_checkpoint
 from jaxtune.data import look
 from jaxtune.errors import ConfigError, run_command
@@ -43,9 +43,16 @@ def _load(cfg: RunConfig) -> tuple[Any, Any, data.Dataset | None]:
     """Tokenizer, training and held-out data."""
     checkpoint = open_checkpoint(cfg.model.path, cfg.model.revision)
     source = cfg.model.tokenizer or checkpoint.tokenizer_source
-    tokenizer = data.load_tokenizer(source, template=cfg.data.template)
-    vocab_size = checkpoint.config["vocab_size"]
-    sets = data.load(cfg.data, tokenizer, seed=cfg.train.seed, vocab_size=vocab_size)
+    tokenizer = data.load_tokenizer(
+        source, template=cfg.data.template, enable_thinking=cfg.data.enable_thinking
+    )
+    sets = data.load(
+        cfg.data,
+        tokenizer,
+        seed=cfg.train.seed,
+        vocab_size=models.read_config(checkpoint.config, checkpoint.name)[1].vocab_size,
+        num_virtual_tokens=cfg.peft.prompt_tokens,
+    )
     return tokenizer, *sets
 
 

@@ -57,6 +57,20 @@ def test_a_stream_is_looked_at_without_reading_it_all(printed):
     assert "streamed from" in text and "lengths in tokens" in text and "row 0" not in text
 
 
+def test_the_rows_are_those_of_training(printed):
+    text = printed(
+        "--config.model.path=tiny:chatglm",
+        "--config.data.template=qwen3",
+        "--config.data.enable_thinking=false",
+        "--config.peft.method=prompt",
+        "--config.peft.num_virtual_tokens=9",
+        "--samples=1",
+    )
+    plain = printed("--config.data.template=qwen3", "--samples=1")
+    assert f"row 0:\n{9 * '<|endoftext|>'}<|im_start|>user" in text
+    assert "</think>\n\n⟦x" in text and "⟦<think>" in plain
+
+
 def test_wrong_options_are_refused(printed):
     with pytest.raises(ConfigError, match="samples"):
         printed("--samples=many")
