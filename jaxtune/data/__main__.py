@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from jaxtune import config, data, models
+from jaxtune import config, data
 from jaxtune.checkpoint.source import open_checkpoint
 from jaxtune.data import look
 from jaxtune.errors import ConfigError, run_command
@@ -50,10 +50,15 @@ def _load(cfg: RunConfig) -> tuple[Any, Any, data.Dataset | None]:
         cfg.data,
         tokenizer,
         seed=cfg.train.seed,
-        vocab_size=models.read_config(checkpoint.config, checkpoint.name)[1].vocab_size,
+        vocab_size=_vocab_size(checkpoint.config),
         num_virtual_tokens=cfg.peft.prompt_tokens,
     )
     return tokenizer, *sets
+
+
+def _vocab_size(hf: dict[str, Any]) -> int:
+    """Of a config.json; ChatGLM's has a name of its own for it."""
+    return hf["vocab_size"] if "vocab_size" in hf else hf["padded_vocab_size"]
 
 
 def main() -> None:
