@@ -273,15 +273,13 @@ def _adapters(
     if config.adapter is None:
         adapters = peft.choose_adapters(base.model(shapes), config)
         if not peft.is_prompt(config.method):
-            # What could not be exported is refused now.
             require_supported(adapters, weights)
-            places_beside(adapters, shapes, weights, stacks)
+            places_beside(adapters, shapes, weights, stacks)  # refuses what cannot be exported
         return None, adapters
-    folder = Path(config.adapter)
-    imported = load_adapter(folder, shapes, weights, stacks, base=checkpoint.name)
+    imported = load_adapter(Path(config.adapter), shapes, weights, stacks, base=checkpoint.name)
     if imported.adapters.method != config.method:
         raise ConfigError(
-            f"config.peft.adapter={folder} holds a {imported.adapters.method} adapter - set "
+            f"config.peft.adapter={config.adapter} holds a {imported.adapters.method} adapter - set "
             f"peft.method={imported.adapters.method}"
         )
     return imported, peft.continued(imported.adapters, config)
