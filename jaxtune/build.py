@@ -279,8 +279,8 @@ def _adapters(
     imported = load_adapter(Path(config.adapter), shapes, weights, stacks, base=checkpoint.name)
     if imported.adapters.method != config.method:
         raise ConfigError(
-            f"config.peft.adapter={config.adapter} holds a {imported.adapters.method} adapter - set "
-            f"peft.method={imported.adapters.method}"
+            f"config.peft.adapter={config.adapter} holds a {imported.adapters.method} adapter - "
+            f"set peft.method={imported.adapters.method}"
         )
     return imported, peft.continued(imported.adapters, config)
 
