@@ -104,7 +104,7 @@ def row_function(name: str) -> RowFunction:
     """
     module, _, function = name.partition(":")
     try:
-        found = getattr(importlib.import_module(module), function)
+        found: Any = getattr(importlib.import_module(module), function)
     except Exception as error:  # the module is the user's: importing it may raise anything
         raise ConfigError(f"data.function={name}: {error} - write module:function") from error
     if not callable(found):
