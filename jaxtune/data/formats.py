@@ -9,7 +9,7 @@ import importlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from jaxtune.data import conversations, preferences
 from jaxtune.data.examples import Parsed
@@ -104,13 +104,13 @@ def row_function(name: str) -> RowFunction:
     """
     module, _, function = name.partition(":")
     try:
-        found: Any = getattr(importlib.import_module(module), function)
+        found = getattr(importlib.import_module(module), function)
     except Exception as error:  # the module is the user's: importing it may raise anything
         raise ConfigError(f"data.function={name}: {error} - write module:function") from error
     if not callable(found):
         kind = type(found).__name__
         raise ConfigError(f"data.function={name} is of type {kind} - name a function of a row")
-    return found
+    return cast(RowFunction, found)
 
 
 def row_function_source(name: str) -> bytes:
