@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+from jaxtune.errors import ConfigError
 from jaxtune.schema import Optim
 
 
@@ -20,8 +21,17 @@ def rate_factors(config: Optim, axes: Mapping[str, tuple[str | None, ...]]) -> d
     Args:
         config: numbers of the optimizer.
         axes: names of the trailing axes of each trained parameter.
+
+    Raises:
+        ConfigError: the embedding has a rate of its own, and does not train.
     """
     factors = {}
+    embeds = any(name.startswith("embed.") and len(names) >= 2 for name, names in axes.items())
+    if config.embedding_learning_rate is not None and not embeds:
+        raise ConfigError(
+            f"config.optim.embedding_learning_rate={config.embedding_learning_rate} would be "
+            "ignored: no matrix of the embedding trains"
+        )
     for name, names in axes.items():
         if name.startswith("embed.") and len(names) >= 2:
             if config.embedding_learning_rate is not None:

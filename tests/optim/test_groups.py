@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 
+from jaxtune.errors import ConfigError
 from jaxtune.optim import make_optimizer, make_schedule
 from jaxtune.optim.groups import rate_factors
 from jaxtune.schema import Optim
@@ -100,3 +101,9 @@ def test_state_has_the_same_layout_without_groups():
         state = make_optimizer(numbers, optax.constant_schedule(0.1), AXES).init(params)
         trees.append([p for p, _ in jax.tree_util.tree_leaves_with_path(state)])
     assert trees[0] == trees[1]
+
+
+def test_a_rate_of_an_embedding_that_does_not_train_is_refused():
+    layers = {name: axes for name, axes in AXES.items() if name.startswith("layers.")}
+    with pytest.raises(ConfigError, match="embedding_learning_rate=1e-05 would be ignored"):
+        rate_factors(Optim(**RATES), layers)
