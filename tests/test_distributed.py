@@ -267,6 +267,34 @@ def test_error_of_one_process_is_told_to_all(runs: Runs, tmp_path: Path) -> None
 
 
 @pytest.mark.slow
+def test_other_data_under_the_same_name_are_refused(runs: Runs, tmp_path: Path) -> None:
+    lines = (runs.folder / "data.jsonl").read_text().splitlines(keepends=True)
+    for home, rows in (("first", lines), ("second", lines[:-1])):
+        (tmp_path / home).mkdir()
+        (tmp_path / home / "rows.jsonl").write_text("".join(rows))
+    named = ["--config.data.train=~/rows.jsonl"] * 2
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HOME", str(tmp_path / "first"))
+        processes = separate(runs, "other-data", named, HOME=str(tmp_path / "second"))
+    for process in processes:
+        _, err = process.communicate(timeout=120)
+        assert process.returncode == 2 and "Traceback" not in err
+        (found,) = re.findall(r"process 1 has training data=(\w{64}), process 0 (\w{64})", err)
+        assert found[0] != found[1]
+
+
+@pytest.mark.slow
+def test_a_stream_in_two_processes(runs: Runs) -> None:
+    stream = "--config.data.streaming=true"
+    runs.one("one-stream", stream, devices=2)
+    runs.many("two-stream", stream, processes=2).wait(0)
+    runs.assert_same("two-stream", "one-stream")
+    output = runs.many("two-stream", stream, "--config.checkpoint.resume=3", processes=2).wait(0)
+    assert "resuming after step 3" in output
+    runs.assert_same("two-stream", "one-stream")
+
+
+@pytest.mark.slow
 def test_interrupt_reaches_all_through_the_launcher(runs: Runs) -> None:
     launch = runs.many("interrupted", "--config.train.num_steps=3000", processes=2)
     launch.until("train step 2/")

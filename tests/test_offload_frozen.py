@@ -59,7 +59,9 @@ def stepped(run: build.Run) -> tuple[dict[str, Any], dict[str, jax.Array]]:
     return metrics, state.trainable
 
 
-@pytest.mark.parametrize("remat", ["auto", *FETCHING])
+@pytest.mark.parametrize(
+    "remat", ["auto", *(pytest.param(name, marks=pytest.mark.slow) for name in FETCHING)]
+)
 def test_the_step_is_the_same(remat: str):
     (expected, trained), (metrics, found) = (
         stepped(described(remat=remat, offload_frozen=away)) for away in (False, True)

@@ -135,14 +135,26 @@ def test_kernels_are_quantized_while_they_stream(dense: Checkpoint, formats: tup
 
 
 @pytest.mark.parametrize(
-    ("formats", "layers"), [(("nf4",), "scan"), (("nf4",), "unroll"), (MIX, "scan")]
+    ("formats", "layers"),
+    [
+        pytest.param(("nf4",), "scan", marks=pytest.mark.slow),
+        (("nf4",), "unroll"),
+        (MIX, "scan"),
+    ],
 )
 def test_a_step_is_that_of_the_dequantized_model(dense: Checkpoint, formats: tuple, layers: str):
     run = described(dense, formats, layers=layers)
     assert_same(after_a_step(run, filled(run)), expected(formats), tolerances.GRADIENTS)
 
 
-@pytest.mark.parametrize("remat", [name for name in REMAT if name != "none"])
+@pytest.mark.parametrize(
+    "remat",
+    [
+        pytest.param(name, marks=() if name == "dots" else pytest.mark.slow)
+        for name in REMAT
+        if name != "none"
+    ],
+)
 def test_recomputation_changes_nothing(dense: Checkpoint, remat: str):
     run = described(dense, ("nf4",), remat=remat)
     assert_same(after_a_step(run, filled(run)), expected(("nf4",)), tolerances.GRADIENTS)

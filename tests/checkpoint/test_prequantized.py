@@ -80,7 +80,13 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("format", "nested"), [("nf4", True), ("nf4", False), ("fp4", True), ("int8", False)]
+    ("format", "nested"),
+    [
+        ("nf4", True),
+        pytest.param("nf4", False, marks=pytest.mark.slow),
+        pytest.param("fp4", True, marks=pytest.mark.slow),
+        ("int8", False),
+    ],
 )
 def test_folders_of_bitsandbytes(dense: Path, tmp_path: Path, format: str, nested: bool):
     import torch
@@ -118,7 +124,7 @@ def test_logits_of_a_real_model_in_nf4(tmp_path: Path, nested: bool):
     assert difference < 1e-3
 
 
-@pytest.mark.parametrize("format", ["nf4", "fp4", "int8"])
+@pytest.mark.parametrize("format", ["nf4", pytest.param("fp4", marks=pytest.mark.slow), "int8"])
 def test_transformers_loads_our_quantized_folder(dense: Path, tmp_path: Path, format: str):
     pytest.importorskip("bitsandbytes")
     checkpoint, ours = open_in_jaxtune(dense)

@@ -9,8 +9,8 @@ Each prints one JSON object. packing: share of padding for each packer, rows of 
 pipeline: tokens a second of tokenizing, packing and batching from nothing, and seconds until the
 first batch with a warm cache. stream: 20 GB (the file again and again, by name) read, tokenized,
 packed and batched for so many seconds; resident memory over that of the imported interpreter.
-step: real tokens a second of the training step on a tiny model, packed, padded to 1024, and padded
-to the longest row of the batch.
+step: real tokens a second of the training step of --model, with --rows examples a step padded to
+1024, padded to the longest of them, and packed into as many rows as these examples fill.
 """
 
 import argparse
@@ -119,12 +119,14 @@ def steps(args: argparse.Namespace) -> dict[str, Any]:
         "longest": Data(train=(args.data,), max_seq_len=LENGTH, packing=False, pad_to="longest"),
         "max": Data(train=(args.data,), max_seq_len=LENGTH, packing=False),
     }
-    speeds = {name: _speed(args, cfg) for name, cfg in ways.items()}
+    filled = load(args, ways["packed"]).mean_length / LENGTH
+    rows = {name: args.rows for name in ways} | {"packed": max(1, round(args.rows * filled))}
+    speeds = {name: _speed(args, cfg, rows[name]) for name, cfg in ways.items()}
     ratios = {f"packed_over_{name}": speeds["packed"] / speeds[name] for name in ("max", "longest")}
-    return {"tokens_per_second": speeds} | ratios
+    return {"rows_a_step": rows, "tokens_per_second": speeds} | ratios
 
 
-def _speed(args: argparse.Namespace, cfg: Data) -> float:
+def _speed(args: argparse.Namespace, cfg: Data, rows: int) -> float:
     """Tokens without padding a second, each shape compiled before it is timed."""
     config = RunConfig(model=Model(path=args.model), peft=Peft(rank=8), data=cfg)
     run = build.describe(config, make_mesh({"data": 1, "fsdp": 1}), open_checkpoint(args.model))
@@ -135,7 +137,7 @@ def _speed(args: argparse.Namespace, cfg: Data) -> float:
     state = build.initial_state(run, tx, {name: values[name] for name in run.trainable})
     frozen = {name: values[name] for name in run.frozen}
     step = make_train_step(run.skeleton, run.objective, tx, schedule, 0)
-    loader = data.make_loader(load(args, cfg), cfg, rows=args.rows)
+    loader = data.make_loader(load(args, cfg), cfg, rows=rows)
     batches = [batch for batch, _ in islice(_closing(loader.batches()), args.steps)]
     for batch in {batch.tokens.shape: batch for batch in batches}.values():
         state, metrics = step(state, frozen, run.put(batch))
