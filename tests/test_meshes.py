@@ -180,7 +180,7 @@ def check_shares(run: build.Run, state: Any) -> None:
             local = math.prod(leaf.sharding.shard_shape(leaf.shape))
             assert local * share(name, leaf, run.config.mesh) == math.prod(leaf.shape), name
             counted += 1
-    assert counted >= 14
+    assert counted >= 7  # a layer's kernels, at least
 
 
 @pytest.mark.parametrize("mesh", QUICK, ids=str)
