@@ -135,7 +135,7 @@ class Run:
 
 
 def _is_matrix(name: str) -> bool:
-    return name.endswith(".kernel") or ".adapter." in name
+    return name.endswith(".kernel") or (".adapter." in name and not name.startswith("embed."))
 
 
 def _as_float32(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
@@ -276,7 +276,7 @@ def _adapters(
             require_supported(adapters, weights)
             places_beside(adapters, shapes, weights, stacks)  # refuses what cannot be exported
         return None, adapters
-    imported = load_adapter(Path(config.adapter), shapes, weights, stacks, base=checkpoint.name)
+    imported = load_adapter(Path(config.adapter), shapes, weights, stacks, base=checkpoint)
     if imported.adapters.method != config.method:
         raise ConfigError(
             f"config.peft.adapter={config.adapter} holds a {imported.adapters.method} adapter - "

@@ -103,6 +103,13 @@ def _bad_peft(c: RunConfig) -> list[str]:
         )
     if c.peft.decompose_factor == 0:
         problems.append("config.peft.decompose_factor=0: must be -1 or >= 1")
+    if c.peft.lora_bias and c.peft.method != "lora":
+        problems.append(
+            f"config.peft.lora_bias: peft.method={c.peft.method} has no bias beside B, as in PEFT "
+            "- use peft.method=lora"
+        )
+    if c.peft.method == "tokens" and not c.peft.trainable_tokens and c.peft.adapter is None:
+        problems.append("config.peft.method=tokens trains nothing - name peft.trainable_tokens")
     if not c.peft.target_modules:
         problems.append("config.peft.target_modules is empty - e.g. all-linear")
     return problems
@@ -250,8 +257,9 @@ def _prefix(c: RunConfig) -> list[str]:
 
 
 def _trains_beside(peft: Peft) -> bool:
-    """Whether parts of the base train beside the adapters."""
-    return bool(peft.modules_to_save) or peft.bias != "none"
+    """Whether more than the matrices of layers' adapters trains."""
+    more = peft.modules_to_save or peft.trainable_tokens or peft.lora_bias
+    return bool(more) or peft.bias != "none" or "embed" in peft.target_modules
 
 
 def _unread(c: RunConfig) -> list[str]:

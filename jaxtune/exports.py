@@ -45,6 +45,24 @@ def _table(run: Run, params: Params) -> np.ndarray:
     return to_host(table).astype(np.float32, copy=False)
 
 
+def require_mergeable(run: Run) -> None:
+    """Raises ConfigError if the adapter of a run cannot be put into the weights of its base."""
+    if run.adapters is None:
+        return
+    if peft.is_prompt(run.adapters.method):
+        raise ConfigError(
+            f"peft.method={run.adapters.method} changes no weights, so there is nothing to merge - "
+            "use the adapter folder"
+        )
+    if getattr(run.adapters.config, "lora_bias", False):
+        absent = [path for path in run.adapters.choice if f"{path}.bias" not in run.variables]
+        if absent:
+            raise ConfigError(
+                f"peft.lora_bias: {absent[0]} has no bias into which that of its adapter could be "
+                "merged - use the adapter folder, or train without lora_bias"
+            )
+
+
 def write_merged(
     run: Run,
     params: Params,
@@ -62,11 +80,7 @@ def write_merged(
     Frozen base weights are copied from the base's files: those in memory may be rounded. Quantized
     ones are those in memory unless `checkpoint.merge_base` says original.
     """
-    if run.adapters is not None and peft.is_prompt(run.adapters.method):
-        raise ConfigError(
-            f"peft.method={run.adapters.method} changes no weights, so there is nothing to merge - "
-            "use the adapter folder"
-        )
+    require_mergeable(run)
     learnt = set(run.trainable)
     if run.config.checkpoint.merge_base == "dequantized":
         learnt |= quantized_kernels(run)

@@ -134,11 +134,12 @@ class Peft:
         "matrices; loha, lokr: products of small matrices; vera: vectors around random matrices; "
         "ia3: factors of activations; oft: rotations; prefix: keys and values before those of "
         "every layer; prompt: virtual tokens before every example; p_tuning: those of a network; "
+        "tokens: single rows of the embedding; "
         "full: every parameter; freeze: the last or first layers; bitfit: the biases; llama_pro: "
         "new layers between the old ones; lisa, badam: a few layers at a time",
         choices=(
             *("lora", "dora", "moslora", "mora", "loha", "lokr", "vera", "ia3", "oft"),
-            *("prefix", "prompt", "p_tuning"),
+            *("prefix", "prompt", "p_tuning", "tokens"),
             *("full", "freeze", "bitfit", "llama_pro", "lisa", "badam"),
         ),
     )
@@ -152,10 +153,11 @@ class Peft:
     alpha_pattern: tuple[str, ...] = _field((), "alphas of single layers, likewise")
     rslora: bool = _field(False, "scale by alpha / sqrt(rank) instead (rsLoRA)")
     dropout: float = _field(0.0, "dropout on the adapter's input", low=0.0, high=0.99)
+    lora_bias: bool = _field(False, "a bias beside B, which is scaled too (lora)")
     target_modules: tuple[str, ...] = _field(
         ("all-linear",),
         "layers that get an adapter: names (q_proj), regular expressions matched against the "
-        "whole path (layers.[0-3].mlp.*), or all-linear (all but the head)",
+        "whole path (layers.[0-3].mlp.*), all-linear (all but the head), or embed (lora)",
     )
     exclude_modules: tuple[str, ...] = _field((), "names or patterns taken out of the targets")
     layers_to_transform: tuple[int, ...] = _field(
@@ -191,6 +193,11 @@ class Peft:
         "none",
         "biases of the base that train beside the adapter: those of adapted layers, or all",
         choices=("none", "adapted", "all"),
+    )
+    trainable_tokens: tuple[int, ...] = _field(
+        (),
+        "ids of tokens whose rows of the embedding, and of a head that is not tied to it, train: "
+        "alone (tokens), or beside the adapter (lora, dora)",
     )
     trainable_layers: int = _field(
         2, "freeze: the last layers that train; negative: the first ones; 0: none"

@@ -131,6 +131,8 @@ def test_wrong_overrides(tmp_path: Path, option: str, message: str):
         ),
         (["optim.name=adafactor", "optim.b1=0.9"], "b1=0.9 would be ignored: adafactor has its"),
         (["optim.name=lion", "optim.eps=1e-6"], "eps=1e-06 would be ignored: lion"),
+        (["peft.method=tokens"], "trains nothing - name peft.trainable_tokens"),
+        (["peft.method=dora", "peft.lora_bias=true"], "peft.method=dora has no bias beside B"),
         (["peft.method=lisa", "model.layers=unroll"], "goes over one stack"),
         (["peft.method=badam", "model.remat=none"], "computes each layer again"),
         (["peft.method=badam", "optim.offload=true"], "keeps state of 2 layers only"),

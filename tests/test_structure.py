@@ -85,7 +85,16 @@ def test_every_adapter_method_has_a_row():
     from jaxtune import peft
 
     files = {path.stem for path in (PACKAGE / "peft").glob("*.py")}
-    files -= {"__init__", "base", "encoders", "beside", "combine", "patterns", "targets"}
+    files -= {
+        "__init__",
+        "base",
+        "encoders",
+        "beside",
+        "combine",
+        "embedding",
+        "patterns",
+        "targets",
+    }
     assert set(peft.METHODS) == files == choices("peft", "method")
 
 

@@ -29,11 +29,13 @@ from jaxtune.checkpoint.adapter_config import (
     read_adapters,
     read_config,
 )
+from jaxtune.checkpoint.adapter_file import header, read_tensors, require_same
 from jaxtune.checkpoint.adapter_prompt import read_prompt
 from jaxtune.checkpoint.folder import replace_folder
 from jaxtune.checkpoint.fused import (
     Whole,
     joined,
+    leaves,
     require_supported,
     separated,
     wholes,
@@ -41,22 +43,14 @@ from jaxtune.checkpoint.fused import (
 )
 from jaxtune.checkpoint.hf import Place, places, stored_shape
 from jaxtune.checkpoint.hf_save import write_json
-from jaxtune.checkpoint.safetensors import (
-    Location,
-    read_along,
-    read_header,
-    read_tensor,
-    refuse_pickle,
-    write_folder,
-)
-from jaxtune.checkpoint.tensors import TensorInfo
+from jaxtune.checkpoint.safetensors import read_along, write_folder
+from jaxtune.checkpoint.tensors import Checkpoint, TensorInfo
 from jaxtune.distributed import to_device, to_host
-from jaxtune.errors import ConfigError, WeightError, listing
+from jaxtune.errors import ConfigError
 from jaxtune.models.base import Weight
-from jaxtune.peft import METHODS, Adapters, is_prompt
-from jaxtune.peft.base import Tensor, common, padded, shapes
+from jaxtune.peft import METHODS, Adapters, is_prompt, tokens
+from jaxtune.peft.base import EMBEDDING, Tensor, common, padded, shapes
 
-WEIGHTS_FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _FLOAT32 = np.dtype(np.float32)
 
@@ -90,20 +84,22 @@ class Stored(NamedTuple):
 
 
 def stored_tensors(
-    method: str, adapted: Sequence[Whole], base_params: Mapping[str, Any]
+    adapters: Adapters, adapted: Sequence[Whole], base_params: Mapping[str, Any]
 ) -> dict[str, Stored]:
     """Name in the folder -> place, for every tensor of the adapters.
 
     Args:
-        method: its name.
+        adapters: the method.
         adapted: its layers.
         base_params: path -> anything with `.shape`, of the base model.
     """
     found = {}
     for whole in adapted:
-        d_in, d_out = base_params[f"{whole.first.path}.kernel"].shape[-2:]
+        path = whole.first.path
+        d_in, d_out = base_params[peft.weight_name(path)].shape[-2:]
         d_out = sum(map(len, whole.columns)) or d_out
-        for leaf, tensor in METHODS[method].tensors(whole.config, d_in, d_out).items():
+        method = peft.module_of(adapters, path)
+        for leaf, tensor in method.tensors(whole.config, d_in, d_out).items():
             found[f"{_PREFIX}{whole.name}.{tensor.suffix}"] = Stored(whole, leaf, tensor)
     return found
 
@@ -160,7 +156,7 @@ def save_adapter(
         revision: its revision, when it is a hub id.
     """
     adapted = [with_room(whole) for whole in wholes(modules(weights, adapters, stacks), weights)]
-    stored = stored_tensors(adapters.method, adapted, base_params)
+    stored = stored_tensors(adapters, adapted, base_params)
     beside = places_beside(adapters, base_params, weights, stacks)
     fixed = _fixed(adapters)
 
@@ -176,9 +172,9 @@ def save_adapter(
             array = to_host(params[path] if index is None else params[path][index])
             return row.change.to_hf(array.astype(np.float32, copy=False))
         whole, leaf, tensor = stored[key]
-        leaves = "ab" if whole.columns else (leaf,)
+        names = leaves(whole.config) if whole.columns else (leaf,)
         values = [
-            None if part is None else {name: variable(part, name) for name in leaves}
+            None if part is None else {name: variable(part, name) for name in names}
             for part in whole.parts
         ]
         array = joined(whole, values)[leaf]
@@ -205,7 +201,7 @@ def load_adapter(
     weights: Sequence[Weight],
     stacks: Sequence[int],
     *,
-    base: str,
+    base: Checkpoint,
 ) -> Adapter:
     """Reads a PEFT folder for a base model, to train it further or to merge it.
 
@@ -214,25 +210,28 @@ def load_adapter(
         base_params: path -> anything with `.shape`, of the base model.
         weights: the base family's table.
         stacks: number of layers in each stack.
-        base: name of the base model; a warning if the adapter names another.
+        base: the base model; a warning if the adapter names another.
 
     Raises:
         WeightError: not an adapter that jaxtune knows, a setting that it does not have, targets
-            that the base lacks, or tensors that are missing, extra, mis-shaped or not finite (all
-            listed).
+            that the base lacks, tensors that are missing, extra, mis-shaped or not finite (all
+            listed), or an embedding that is not the base's.
     """
     method, fields = read_config(folder)
     if is_prompt(method):
-        prompt = read_prompt(method, fields, _header(folder), base_params, stacks)
-        return Adapter(*prompt, _warnings(folder, fields, base))
+        prompt = read_prompt(method, fields, header(folder), base_params, stacks)
+        return Adapter(*prompt, _warnings(folder, fields, base.name))
     adapters = read_adapters(folder, base_params, weights, stacks)
     require_supported(adapters, weights)
     adapted = wholes(modules(weights, adapters, stacks), weights)
-    stored = stored_tensors(adapters.method, adapted, base_params)
+    stored = stored_tensors(adapters, adapted, base_params)
     beside = places_beside(adapters, base_params, weights, stacks)
     sizes = {key: entry.shape for key, entry in stored.items()}
     sizes |= {key: stored_shape((place,)) for key, place in beside.items()}
-    arrays = _read_tensors(folder, sizes, _fixed(adapters))
+    copies = _copies(adapted)
+    others = {*copies, *_tied_rows(adapters, weights)}
+    arrays = read_tensors(folder, sizes, _fixed(adapters), others)
+    require_same(folder, copies, base)
     values: dict[str, dict[str, np.ndarray]] = {}
     for key, entry in stored.items():
         array = entry.tensor.change.to_ours(arrays[key])
@@ -241,7 +240,22 @@ def load_adapter(
     for key, (path, index, _, row, *_) in beside.items():
         stack = params.setdefault(path, np.zeros(base_params[path].shape, np.float32))
         stack[... if index is None else index] = row.change.to_ours(arrays[key])
-    return Adapter(adapters, params, _warnings(folder, fields, base))
+    return Adapter(adapters, params, _warnings(folder, fields, base.name))
+
+
+def _tied_rows(adapters: Adapters, weights: Sequence[Weight]) -> set[str]:
+    """What PEFT's TRAINABLE_TOKENS calls the embedding's rows a second time, in a tied head."""
+    if adapters.method != "tokens" or tokens.HEAD in adapters.rows:
+        return set()
+    head = next(row.hf for row in weights if row.ours == peft.weight_name(tokens.HEAD))
+    (suffix,) = (t.suffix for t in tokens.tensors(*adapters.rows[EMBEDDING], 0, 0).values())
+    return {f"{_PREFIX}{head.removesuffix('.weight')}.{suffix}"}
+
+
+def _copies(adapted: Sequence[Whole]) -> dict[str, str]:
+    """Name in the folder -> name in the base, of base weights that PEFT saves beside an adapter."""
+    names = [whole.name for whole in adapted if whole.first.path == EMBEDDING]
+    return {f"{_PREFIX}{name}.base_layer.weight": f"{name}.weight" for name in names}
 
 
 def _warnings(folder: Path, fields: Mapping[str, Any], base: str) -> tuple[str, ...]:
@@ -252,61 +266,12 @@ def _warnings(folder: Path, fields: Mapping[str, Any], base: str) -> tuple[str, 
     return (f"{folder} was trained on {trained_on!r}; it is used on {base!r}",)
 
 
-def _header(folder: Path) -> dict[str, Location]:
-    """The tensors of a PEFT folder."""
-    path = folder / WEIGHTS_FILE
-    if not path.exists():
-        for other in sorted(folder.iterdir()):
-            refuse_pickle(other)
-        raise WeightError(f"{folder} holds no {WEIGHTS_FILE} - copy the whole adapter folder")
-    return read_header(path)
-
-
 def _fixed(adapters: Adapters) -> dict[str, np.ndarray]:
     """The tensors of the folder that follow from the knobs."""
     method = METHODS[adapters.method]
     if not hasattr(method, "fixed"):
         return {}
     return method.fixed(common(next(iter(adapters.choice.values()))))
-
-
-def _read_tensors(
-    folder: Path, sizes: Mapping[str, tuple[int, ...]], fixed: Mapping[str, np.ndarray]
-) -> dict[str, np.ndarray]:
-    """The folder's tensors, float32; those of `fixed` may be there too, with these values.
-
-    Args:
-        folder: of the adapter.
-        sizes: shapes by name.
-        fixed: values by name.
-
-    Raises:
-        WeightError: tensors are missing, extra, mis-shaped, not finite or not those of `fixed`.
-    """
-    path, in_file = folder / WEIGHTS_FILE, _header(folder)
-    arrays, problems = {}, []
-    for key, size in sizes.items():
-        if key not in in_file:
-            problems.append(f"missing: {key}")
-        elif in_file[key].info.shape != size:
-            shapes = f"{list(in_file[key].info.shape)}, base and r ask for {list(size)}"
-            problems.append(f"wrong shape: {key} is {shapes}")
-        else:
-            arrays[key] = read_tensor(in_file[key]).astype(np.float32)
-            if not np.isfinite(arrays[key]).all():
-                problems.append(f"NaN or infinity: {key}")
-    for key in fixed.keys() & in_file.keys():
-        same = in_file[key].info.shape == fixed[key].shape
-        # Drawn on other machines, the last bit may differ.
-        if not same or not np.allclose(read_tensor(in_file[key]), fixed[key], atol=1e-6):
-            problems.append(f"not what {CONFIG_FILE} gives: {key}")
-    problems += [f"unexpected: {key}" for key in in_file if key not in {*sizes, *fixed}]
-    if problems:
-        raise WeightError(
-            f"{path}: {len(problems)} tensors do not fit the base model and {CONFIG_FILE} - use "
-            "the adapter's own base model:" + listing(problems, limit=len(problems))
-        )
-    return arrays
 
 
 def _separated(
@@ -317,10 +282,10 @@ def _separated(
 ) -> tuple[Adapters, dict[str, np.ndarray]]:
     """The adapters of our layers, and their variables, from those of the transformers model."""
     parts = [part for whole in adapted for part in separated(whole, values[whole.name])]
-    choice = {path: list(configs) for path, configs in adapters.choice.items()}
+    choice = {path: list(configs) for path, configs in adapters.layers.items()}
     for module, config, _ in parts:
         choice[module.path][module.index or 0] = config
-    own = {path: tuple(configs) for path, configs in choice.items()}
+    own = {path: tuple(choice[path]) for path in adapters.choice}
     adapters = dataclasses.replace(adapters, choice=own)
     params = _empty(adapters, base_params)
     for module, _, arrays in parts:
@@ -334,9 +299,9 @@ def _separated(
 def _empty(adapters: Adapters, base_params: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """Zeros for every variable of the adapters that is stored."""
     params = {}
-    for path, configs in adapters.choice.items():
-        *stack, d_in, d_out = base_params[f"{path}.kernel"].shape
-        sizes = shapes(METHODS[adapters.method].tensors, configs, d_in, d_out)
+    for path, configs in adapters.layers.items():
+        *stack, d_in, d_out = base_params[peft.weight_name(path)].shape
+        sizes = shapes(peft.module_of(adapters, path).tensors, configs, d_in, d_out)
         for leaf, size in sizes.items():
             params[f"{path}.adapter.{leaf}"] = np.zeros((*stack, *size), np.float32)
     return params
@@ -367,7 +332,7 @@ def first_values(
         if name in stored:
             found[name] = to_device(stored[name], where)
             continue
-        kernel = base.get(f"{name.split('.adapter.')[0]}.kernel")  # None: of no layer
+        kernel = base.get(peft.weight_name(name.split(".adapter.")[0]))  # None: of no layer
         follow = functools.partial(peft.value_from_kernel, name, adapters)
         if kernel is not None and jax.eval_shape(follow, kernel) is not None:
             found[name] = jax.jit(follow, out_shardings=where)(kernel)

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 from jaxtune.checkpoint.hf import split_path
 from jaxtune.errors import WeightError, listing
 from jaxtune.models.base import Weight
-from jaxtune.peft import METHODS, Adapters, layer_names
+from jaxtune.peft import METHODS, Adapters, layer_names, tokens, weight_name
+from jaxtune.peft.base import EMBEDDING, Choice
 from jaxtune.peft.targets import is_target
 
 CONFIG_FILE = "adapter_config.json"
@@ -25,7 +26,7 @@ _FORMATS = {name: module.PEFT for name, module in METHODS.items() if hasattr(mod
 _COMMON = frozenset(
     ("peft_type", "target_modules", "exclude_modules", "layers_to_transform", "task_type")
     + ("base_model_name_or_path", "inference_mode", "peft_version", "revision", "auto_mapping")
-    + ("modules_to_save",)
+    + ("modules_to_save", "trainable_token_indices")
 )
 
 
@@ -43,7 +44,7 @@ def modules(weights: Sequence[Weight], adapters: Adapters, stacks: Sequence[int]
     """The adapted layers, with their names in the transformers model."""
     names = _names(weights)
     found = []
-    for path, configs in adapters.choice.items():
+    for path, configs in adapters.layers.items():
         _, ours = split_path(path)
         numbers = [number for number, _ in layer_names(path, tuple(stacks))]
         for index, (number, config) in enumerate(zip(numbers, configs, strict=True)):
@@ -54,12 +55,17 @@ def modules(weights: Sequence[Weight], adapters: Adapters, stacks: Sequence[int]
 
 
 def _names(weights: Sequence[Weight]) -> dict[str, str]:
-    """Linear path without its stack's number -> pattern of the name in transformers."""
+    """Path of a layer without its stack's number -> pattern of the name in transformers."""
     return {
-        row.ours.removesuffix(".kernel"): row.hf.removesuffix(".weight")
+        row.ours.rpartition(".")[0]: row.hf.removesuffix(".weight")
         for row in weights
-        if row.ours.endswith(".kernel")
+        if is_matrix(row)
     }
+
+
+def is_matrix(row: Weight) -> bool:
+    """Whether a row of a weight table is the matrix of a layer that may be adapted."""
+    return row.ours.endswith(".kernel") or row.ours == weight_name(EMBEDDING)
 
 
 def config_fields(
@@ -70,10 +76,14 @@ def config_fields(
 ) -> dict[str, Any]:
     """What PEFT writes about the adapters, but for the base model's name."""
     method = METHODS[adapters.method]
-    targets, layers = sorted(module.name for module in adapted), None
+    chosen = [module for module in adapted if module.path in (adapters.choice or adapters.rows)]
+    targets, layers = sorted(module.name for module in chosen), None
     if method.PEFT.has_layers:
-        targets, layers = _targets(adapted, weights, sum(stacks))
-    own = method.to_peft(adapters.config, {module.name: module.config for module in adapted})
+        targets, layers = _targets(chosen, weights, sum(stacks))
+    own = method.to_peft(adapters.config, {module.name: module.config for module in chosen})
+    if adapters.choice and method.PEFT.peft_type == "LORA":
+        rows = {m.name: list(m.config.ids) for m in adapted if m.path in adapters.rows}
+        own["trainable_token_indices"] = rows or None
     return {
         **method.PEFT.defaults,
         **({"layers_to_transform": layers} if method.PEFT.has_layers else {}),
@@ -203,36 +213,15 @@ def read_adapters(
     """
     name, fields = read_config(folder)
     method = METHODS[name]
-    targets = fields.get("target_modules")
-    layers = fields.get("layers_to_transform")
-    layers = [layers] if isinstance(layers, int) else layers
-    excluded = fields.get("exclude_modules") or []
-    kernels = [path.removesuffix(".kernel") for path in base_params if path.endswith(".kernel")]
-    every = {path: (True,) * len(layer_names(path, tuple(stacks))) for path in kernels}
-    candidates = modules(weights, Adapters(name, None, every), stacks)
-    adapted = [
-        module
-        for module in candidates
-        if is_target(module.name, targets)
-        and not is_target(module.name, excluded)
-        and (layers is None or module.layer in layers)
-    ]
-    unused = [] if isinstance(targets, str) else targets or []
-    unused = [name for name in unused if not any(is_target(m.name, [name]) for m in candidates)]
-    if unused or not adapted:
-        known = sorted({module.name.rsplit(".", 1)[-1] for module in candidates})
-        raise WeightError(
-            f"{folder / CONFIG_FILE}: target_modules {unused or targets} are not in this base "
-            f"model, whose layers are {', '.join(known)} - use the adapter's own base model"
-        )
-    if any(module.path == "lm_head" for module in adapted):
-        raise WeightError(
-            f"{folder / CONFIG_FILE} adapts lm_head, which is multiplied inside the loss - merge "
-            "the adapter with PEFT and start from the merged model"
-        )
     config = method.from_peft(fields)
-    widths = {m.name: base_params[f"{m.path}.kernel"].shape[-2:] for m in adapted}
-    own = method.configure(config, widths)
+    kernels = {row.ours for row in weights if is_matrix(row)}
+    paths = [path.rpartition(".")[0] for path in base_params if split_path(path)[1] in kernels]
+    every = {path: (True,) * len(layer_names(path, tuple(stacks))) for path in paths}
+    candidates = modules(weights, Adapters(name, None, every), stacks)
+    rows = _rows(folder, name, fields, weights, weight_name(tokens.HEAD) not in base_params)
+    adapted = [] if name == "tokens" else _adapted(folder, name, fields, candidates)
+    widths = {m.name: base_params[weight_name(m.path)].shape[-2:] for m in adapted}
+    own = method.configure(config, widths) if adapted else {}
     choice: dict[str, list[Any]] = {m.path: [None] * len(every[m.path]) for m in adapted}
     for module in adapted:
         choice[module.path][module.index or 0] = own[module.name]
@@ -252,7 +241,76 @@ def read_adapters(
             f"{folder / CONFIG_FILE}: modules_to_save has the embedding, which this base ties to "
             "its head and PEFT does not - merge it with PEFT and start from the merged model"
         )
-    return Adapters(name, config, found, frozenset(saved), frozenset(biases))
+    return Adapters(name, config, found, frozenset(saved), frozenset(biases), rows)
+
+
+def _adapted(
+    folder: Path, name: str, fields: Mapping[str, Any], candidates: Sequence[Module]
+) -> list[Module]:
+    """The layers that PEFT's rules take for targets."""
+    targets = fields.get("target_modules")
+    layers = fields.get("layers_to_transform")
+    layers = [layers] if isinstance(layers, int) else layers
+    excluded = fields.get("exclude_modules") or []
+    if not hasattr(METHODS[name], "ON_EMBEDDING"):
+        candidates = [module for module in candidates if module.path != EMBEDDING]
+
+    def hits(module: Module) -> bool:
+        return (
+            module.layer is not None if targets == "all-linear" else is_target(module.name, targets)
+        )
+
+    adapted = [
+        module
+        for module in candidates
+        if hits(module)
+        and not is_target(module.name, excluded)
+        and (layers is None or module.layer in layers)
+    ]
+    unused = [] if isinstance(targets, str) else targets or []
+    unused = [name for name in unused if not any(is_target(m.name, [name]) for m in candidates)]
+    if unused or not adapted:
+        known = sorted({module.name.rsplit(".", 1)[-1] for module in candidates})
+        raise WeightError(
+            f"{folder / CONFIG_FILE}: target_modules {unused or targets} are not in this base "
+            f"model, whose layers are {', '.join(known)} - use the adapter's own base model"
+        )
+    if any(module.path == tokens.HEAD for module in adapted):
+        raise WeightError(
+            f"{folder / CONFIG_FILE} adapts lm_head, which is multiplied inside the loss - merge "
+            "the adapter with PEFT and start from the merged model"
+        )
+    return adapted
+
+
+def _rows(
+    folder: Path, name: str, fields: Mapping[str, Any], weights: Sequence[Weight], is_tied: bool
+) -> Choice:
+    """The rows of the embedding and the head that PEFT trains one by one."""
+    names, by_target = _names(weights), fields.get("trainable_token_indices") or {}
+    if name == "tokens":
+        targets = fields.get("target_modules") or [names[EMBEDDING]]
+        targets = [targets] if isinstance(targets, str) else targets
+        by_target = dict.fromkeys(targets, fields["token_indices"])
+    if isinstance(by_target, list):
+        by_target = {names[EMBEDDING]: by_target}
+    ids = {
+        path: tokens.token_ids(found)
+        for target, found in by_target.items()
+        for path in (EMBEDDING, tokens.HEAD)
+        if is_target(names[path], [target])
+    }
+    # Rows of a tied head are the embedding's.
+    differs = is_tied and ids.get(tokens.HEAD, ids.get(EMBEDDING)) != ids.get(EMBEDDING)
+    if len(ids) < len(by_target) or differs:
+        raise WeightError(
+            f"{folder / CONFIG_FILE}: tokens train in {', '.join(by_target)}, which is not this "
+            "base's embedding or a head with rows of its own - use the adapter's own base model"
+        )
+    if is_tied:
+        ids.pop(tokens.HEAD, None)
+    axes, alone = {EMBEDDING: 0, tokens.HEAD: 1}, name == "tokens"
+    return {path: (tokens.Rows(found, axes[path], alone),) for path, found in ids.items()}
 
 
 def _trains(bias: str | None, is_adapted: bool) -> bool:

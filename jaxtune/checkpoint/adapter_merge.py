@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxtune.checkpoint.adapter import WEIGHTS_FILE
 from jaxtune.checkpoint.adapter_config import CONFIG_FILE, read_config
+from jaxtune.checkpoint.adapter_file import WEIGHTS_FILE
 from jaxtune.checkpoint.folder import replace_folder
 from jaxtune.checkpoint.hf_save import write_json
 from jaxtune.checkpoint.safetensors import read_header, read_tensor, write_folder

@@ -4,8 +4,9 @@ LoRA of n parts is LoRA of the whole. With A_p [D, R] and B_p [R, O_p] of part p
 
     A [D, n R] = [A_1 ... A_n]      B [n R, O]: B_p in rows p R to (p + 1) R, in the part's columns
 
-with zeros elsewhere; a part without adapter leaves its block zero. The other way round every part
-has the A of the whole and its columns of B, and where B is of that form only its own block.
+with zeros elsewhere, and the biases of B in the parts' columns; a part without adapter leaves its
+block zero. The other way round every part has the A of the whole and its columns of B, and where B
+is of that form only its own block.
 """
 
 import dataclasses
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxtune.checkpoint.adapter_config import Module
+from jaxtune.checkpoint.adapter_config import Module, is_matrix
 from jaxtune.checkpoint.hf import split_path
 from jaxtune.errors import ConfigError
 from jaxtune.models.base import Weight
@@ -59,7 +60,7 @@ def require_supported(adapters: Adapters, weights: Sequence[Weight]) -> None:
 
 def wholes(adapted: Sequence[Module], weights: Sequence[Weight]) -> list[Whole]:
     """The layers of the transformers model that the adapted ones are, with the knobs of a part."""
-    rows = {row.ours.removesuffix(".kernel"): row for row in weights}
+    rows = {row.ours.rpartition(".")[0]: row for row in weights if is_matrix(row)}
     found: dict[str, dict[str, Module]] = {}
     for module in adapted:
         found.setdefault(module.name, {})[split_path(module.path)[1]] = module
@@ -87,6 +88,11 @@ def _with_rank(config: Config, rank: int) -> Config:
     return dataclasses.replace(config, rank=rank, alpha=alpha)
 
 
+def leaves(config: Config) -> tuple[str, ...]:
+    """The variables of a part that are those of the whole."""
+    return ("a", "b", "bias") if config.lora_bias else ("a", "b")
+
+
 def joined(whole: Whole, arrays: Sequence[Arrays | None]) -> Arrays:
     """The variables of a whole `with_room`, from those of its parts (None: not adapted)."""
     if not whole.columns:
@@ -97,6 +103,7 @@ def joined(whole: Whole, arrays: Sequence[Arrays | None]) -> Arrays:
     width = next(part["a"].shape[0] for part in arrays if part is not None)
     a = np.zeros((width, whole.config.rank), np.float32)
     b = np.zeros((whole.config.rank, sum(map(len, whole.columns))), np.float32)
+    bias = np.zeros(b.shape[1], np.float32)
     for i, (module, part) in enumerate(zip(whole.parts, arrays, strict=True)):
         if module is not None and part is not None:
             rank = module.config.rank
@@ -104,7 +111,9 @@ def joined(whole: Whole, arrays: Sequence[Arrays | None]) -> Arrays:
             a[:, rows] = part["a"][:, :rank]
             scale = module.config.scale / whole.config.scale
             b[rows, whole.columns[i]] = part["b"][:rank] * scale
-    return {"a": a, "b": b}
+            if "bias" in part:
+                bias[whole.columns[i]] = part["bias"] * scale
+    return {"a": a, "b": b, "bias": bias}
 
 
 def separated(whole: Whole, arrays: Arrays) -> Iterator[tuple[Module, Any, Arrays]]:
@@ -122,4 +131,5 @@ def separated(whole: Whole, arrays: Arrays) -> Iterator[tuple[Module, Any, Array
         assert module is not None
         rows = slice(i * own, (i + 1) * own) if is_joined else slice(None)
         config = _with_rank(whole.config, own) if is_joined else whole.config
-        yield module, config, {"a": a[:, rows], "b": b[rows, columns]}
+        bias = {"bias": arrays["bias"][columns]} if whole.config.lora_bias else {}
+        yield module, config, {"a": a[:, rows], "b": b[rows, columns], **bias}

@@ -17,10 +17,13 @@ from jaxtune.checkpoint.manifest import write_synced
 from jaxtune.checkpoint.quantized_save import quantization_config, quantized_tensors
 from jaxtune.checkpoint.safetensors import read_along, write_folder
 from jaxtune.checkpoint.tensors import Checkpoint, TensorInfo, dtype_from_name
+from jaxtune.checkpoint.vocabulary import untied
 from jaxtune.distributed import to_host
 from jaxtune.errors import ConfigError, WeightError
+from jaxtune.models import read_config
 from jaxtune.models.base import TRANSPOSE, Weight
-from jaxtune.peft import METHODS, Adapters
+from jaxtune.peft import Adapters, module_of
+from jaxtune.peft.base import EMBEDDING
 from jaxtune.quant import QArray
 
 
@@ -67,6 +70,10 @@ def save_model(
         StorageError: the folder cannot be written.
         ConfigError: the folder holds other files, or lies inside the source.
     """
+    if adapters is not None and EMBEDDING in adapters.choice:
+        # A tied head stays the base's.
+        tied = read_config(checkpoint.config, checkpoint.name)[1].tie_embeddings
+        checkpoint = untied(checkpoint, weights) if tied else checkpoint
     targets = places(weights, _changed(params, adapters, checkpoint, weights, stacks), stacks)
     tensors = {
         name: TensorInfo(info.shape, dtype_from_name(dtype) if dtype else info.dtype)
@@ -122,10 +129,10 @@ def _changed(
     """The base parameters that training changed: path -> anything with `.shape`."""
     changed = {path: leaf for path, leaf in params.items() if ".adapter." not in path}
     rows = {row.ours: row for row in weights}
-    for path in adapters.choice if adapters is not None else ():
+    for path in adapters.layers if adapters is not None else ():
         stack, module = split_path(path)
         lead = () if stack is None else (stacks[stack],)
-        for leaf in ("kernel", "bias"):
+        for leaf in ("kernel", "table", "bias"):
             row = rows.get(f"{module}.{leaf}")
             info = row and checkpoint.tensors.get(row.hf.format(sum(stacks[: stack or 0])))
             if row and info:
@@ -160,14 +167,14 @@ def _merged(
     in_params = place.path in params
     array = host(place.path) if in_params else place.row.take(stored())
     module, _, leaf = place.path.rpartition(".")
-    if adapters is None or module not in adapters.choice:
+    if adapters is None or module not in adapters.layers:
         return array
-    config = adapters.choice[module][place.index or 0]
+    config = adapters.layers[module][place.index or 0]
     if config is None:  # a layer of the stack that is not adapted
         return array
     slot = f"{module}.adapter."
     values = {path.removeprefix(slot): host(path) for path in params if path.startswith(slot)}
-    return METHODS[adapters.method].merge(leaf, array.astype(np.float32), values, config)
+    return module_of(adapters, module).merge(leaf, array.astype(np.float32), values, config)
 
 
 def _narrow(name: str, array: np.ndarray, dtype: np.dtype) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""A checkpoint with room for tokens that were added to its tokenizer."""
+"""Checkpoints with more tokens, or with a head of their own."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -50,4 +50,22 @@ def with_vocabulary(checkpoint: Checkpoint, weights: Sequence[Weight], size: int
     }
     changed = {field: size for field in _FIELDS if field in checkpoint.config}
     config = checkpoint.config | changed
+    return dataclasses.replace(checkpoint, config=config, tensors=tensors, read=read)
+
+
+def untied(checkpoint: Checkpoint, weights: Sequence[Weight]) -> Checkpoint:
+    """The same model whose head is a copy of the embedding, instead of the embedding.
+
+    Args:
+        checkpoint: a model whose head is tied.
+        weights: its family's table.
+    """
+    by_path = {row.ours: row.hf for row in weights}
+    head, table = by_path["lm_head.kernel"], by_path["embed.table"]
+    tensors = {**checkpoint.tensors, head: checkpoint.tensors[table]}
+    config = checkpoint.config | {"tie_word_embeddings": False}
+
+    def read(name: str) -> np.ndarray:
+        return checkpoint.read(table if name == head else name)
+
     return dataclasses.replace(checkpoint, config=config, tensors=tensors, read=read)

@@ -221,7 +221,7 @@ def _open(
     params = hf.load_weights(checkpoint, weights, base, stacks)
     if folder is None:
         return skeleton, params
-    adapter = load_adapter(folder, base, weights, stacks, base=checkpoint.name)
+    adapter = load_adapter(folder, base, weights, stacks, base=checkpoint)
     for warning in adapter.warnings:
         warn(warning)
     skeleton = tree.describe(lambda: build(adapter))

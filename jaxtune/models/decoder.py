@@ -195,8 +195,8 @@ class Decoder(nnx.Module):
     def head(self) -> tuple[jax.Array, bool]:
         """The output matrix, and whether it is [V, D] (a tied table) instead of [D, V]."""
         if self.lm_head is None:
-            return self.output(self.embed.table.get_value()), True
-        weight = self.output(self.lm_head.kernel.get_value())
+            return self.output(_matrix(self.embed, self.embed.table.get_value())), True
+        weight = self.output(_matrix(self.lm_head, self.lm_head.kernel.get_value()))
         if self.config.head_bias:
             weight = jnp.concatenate([weight, self.lm_head.bias.get_value()[None]])
         return weight, False
@@ -219,3 +219,8 @@ class Decoder(nnx.Module):
             head_dim=c.head_dim,
             dtype=self.policy.compute_dtype,
         )
+
+
+def _matrix(layer: Any, weight: jax.Array) -> jax.Array:
+    """The output matrix of a layer, or what the adapter in its slot makes of it."""
+    return weight if layer.adapter is None else layer.adapter.matrix(weight)

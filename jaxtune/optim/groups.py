@@ -7,8 +7,8 @@ from jaxtune.schema import Optim
 
 
 def is_kernel(names: tuple[str | None, ...]) -> bool:
-    """Whether axes are those of a layer's matrix: two or more, and none is the vocabulary."""
-    return len(names) >= 2 and "vocab" not in names
+    """Whether axes are those of a layer's matrix: two or more, and none counts tokens."""
+    return len(names) >= 2 and not {"vocab", "tokens"} & set(names)
 
 
 def rate_factors(config: Optim, axes: Mapping[str, tuple[str | None, ...]]) -> dict[str, float]:

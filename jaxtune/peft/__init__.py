@@ -37,9 +37,10 @@ from jaxtune.peft import (
     patterns,
     prefix,
     prompt,
+    tokens,
     vera,
 )
-from jaxtune.peft.base import Adapters, Turns, common
+from jaxtune.peft.base import EMBEDDING, Adapters, Turns, common, weight_name
 from jaxtune.peft.targets import Targets, choose
 from jaxtune.quant import QArray
 from jaxtune.tree import flatten
@@ -58,6 +59,7 @@ __all__ = [
     "is_prompt",
     "layer_names",
     "linears",
+    "module_of",
     "origins",
     "segments",
     "seed",
@@ -65,6 +67,7 @@ __all__ = [
     "turns",
     "unread",
     "value_from_kernel",
+    "weight_name",
 ]
 
 METHODS: Mapping[str, Any] = MappingProxyType(
@@ -78,6 +81,7 @@ METHODS: Mapping[str, Any] = MappingProxyType(
         "vera": vera,
         "ia3": ia3,
         "oft": oft,
+        "tokens": tokens,
         "prefix": prefix,
         "prompt": prompt,
         "p_tuning": p_tuning,
@@ -102,6 +106,14 @@ def is_adapter(method: str) -> bool:
 def is_prompt(method: str) -> bool:
     """Whether the method puts a prompt into a slot of the whole model."""
     return hasattr(METHODS[method], "SLOT")
+
+
+def module_of(adapters: Adapters, path: str) -> Any:
+    """The module of what is attached to a layer: the method's, or that of embedding or rows."""
+    if path in adapters.rows:
+        return tokens
+    method = METHODS[adapters.method]
+    return method.ON_EMBEDDING if path == EMBEDDING else method
 
 
 def _options(section: Any, kind: type) -> Any:
@@ -136,10 +148,16 @@ def choose_adapters(model: Any, section: Any) -> Adapters:
     if is_prompt(section.method):
         return Adapters(section.method, config, {method.SLOT: (config,)})
     chosen = choose(model, _options(section, Targets)) if Targets in method.READS else {}
+    if EMBEDDING in chosen and not hasattr(method, "ON_EMBEDDING"):
+        raise ConfigError(
+            f"config.peft.target_modules: peft.method={section.method} has no form for the "
+            f"embedding - use lora, or train it whole with peft.modules_to_save={EMBEDDING}"
+        )
+    variables = flatten(model)
     layers = {
-        name: linear.kernel.get_value().shape[-2:]
-        for path, linear in linears(model)
-        for name in _names(path, chosen.get(path, ()), model.stacks)
+        name: variables[weight_name(path)].shape[-2:]
+        for path, flags in chosen.items()
+        for name in _names(path, flags, model.stacks)
     }
     if problems := patterns.problems(section, list(layers)):
         raise ConfigError("; ".join(problems))
@@ -151,9 +169,13 @@ def choose_adapters(model: Any, section: Any) -> Adapters:
         )
         for path, flags in chosen.items()
     }
-    names, saved, biases = sorted(flatten(model)), frozenset(), frozenset()
+    names, saved, biases, rows = sorted(variables), frozenset(), frozenset(), {}
+    if tokens.Config in method.READS:
+        alone = method is tokens
+        rows = tokens.choose(model, section.trainable_tokens, choice, alone=alone)
     if beside.Saved in method.READS:
-        saved = beside.choose_saved(names, section.modules_to_save, choice, model.stacks)
+        taken = {**choice, **rows}
+        saved = beside.choose_saved(names, section.modules_to_save, taken, model.stacks)
         if "embed.table" in saved and model.lm_head is None:
             raise ConfigError(
                 "config.peft.modules_to_save: embed is tied to the output head, of which PEFT "
@@ -161,7 +183,7 @@ def choose_adapters(model: Any, section: Any) -> Adapters:
             )
     if beside.Biases in method.READS:
         biases = beside.choose_biases(names, section.bias, choice, model.stacks)
-    return Adapters(section.method, config, choice, saved, biases)
+    return Adapters(section.method, config, choice, saved, biases, rows)
 
 
 def _names(path: str, flags: Sequence[bool], stacks: Any) -> list[str]:
@@ -242,6 +264,8 @@ def turns(section: Any, num_layers: int, seed: int) -> Turns | None:
 def attach(model: Any, adapters: Adapters) -> None:
     """Fills the slots of a model (in place; for use under `tree.describe`)."""
     METHODS[adapters.method].attach(model, adapters)
+    if adapters.choice:  # else rows are the method's own
+        tokens.attach(model, adapters)
 
 
 def initial_value(
@@ -258,7 +282,7 @@ def initial_value(
     """
     path = next(path for path in adapters.choice if name.startswith(f"{path}."))
     leaf = name.removeprefix(f"{path}.").removeprefix("adapter.")
-    method, configs = METHODS[adapters.method], adapters.choice[path]
+    method, configs = module_of(adapters, path), adapters.choice[path]
     if leaf in getattr(method, "SHARED", ()):
         return method.initial(leaf, shape, common(configs), np.random.default_rng(seed))
     names = layer_names(path, stacks)
@@ -282,7 +306,10 @@ def value_from_kernel(name: str, adapters: Adapters, kernel: Any) -> jax.Array |
         kernel: [D_in, D_out], dense or quantized, or a stack of them, of which one at a time is
             decoded.
     """
-    method, leaf = METHODS[adapters.method], name.rpartition(".adapter.")[2]
+    path, _, leaf = name.rpartition(".adapter.")
+    if path in adapters.rows:
+        return tokens.first(adapters.rows[path][0], kernel)
+    method = METHODS[adapters.method]
     if leaf not in getattr(method, "FROM_KERNEL", ()):
         return None
 

@@ -32,6 +32,8 @@ one that adapts chosen layers
 
 where it needs them
 
+    ON_EMBEDDING  module of what it puts on the embedding, with `attach`, `initial`, `tensors` and
+                  `merge`; without it the embedding is no target
     from_kernel   a layer's kernel -> the variables named by FROM_KERNEL, at first
     fixed         the knobs of a layer -> tensors of the folder that follow from them
     SHARED        names of variables that have no layer axis (`SharedConstant`)
@@ -62,6 +64,8 @@ from jaxtune.models.base import Change
 from jaxtune.nn.linear import Linear, linears
 from jaxtune.nn.params import AdapterConstant, AdapterParam, SeedKey
 
+EMBEDDING = "embed"  # path of the token embedding
+
 # Linear path ("layers.0.attn.q_proj") -> for each layer of its stack its knobs; None: not adapted.
 # Of a method with a slot of the whole model: that slot's path -> its knobs, once.
 Choice = Mapping[str, tuple[Any, ...]]
@@ -76,6 +80,7 @@ class Adapters:
         config: its knobs, of which the last word on dropout is here.
         choice: the adapted layers or the slot, with knobs of their own.
         saved, biases: parameters of the base that train beside it, by name.
+        rows: the embedding or head of which single rows train, with their `tokens.Rows`.
     """
 
     method: str
@@ -83,6 +88,17 @@ class Adapters:
     choice: Choice
     saved: frozenset[str] = frozenset()
     biases: frozenset[str] = frozenset()
+    rows: Choice = field(default_factory=dict)
+
+    @property
+    def layers(self) -> Choice:
+        """All that has variables of its own."""
+        return {**self.choice, **self.rows}
+
+
+def weight_name(path: str) -> str:
+    """Name of the matrix of a layer that may be adapted: [D_in, D_out], of the embedding [V, D]."""
+    return f"{path}.table" if path == EMBEDDING else f"{path}.kernel"
 
 
 @dataclass(frozen=True)

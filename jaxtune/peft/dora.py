@@ -23,7 +23,7 @@ from flax import nnx
 from jaxtune.models.base import SAME
 from jaxtune.nn.linear import Linear
 from jaxtune.nn.params import AdapterConstant
-from jaxtune.peft import base, lora, patterns
+from jaxtune.peft import base, lora, patterns, tokens
 from jaxtune.peft.base import Tensor
 from jaxtune.peft.beside import Biases, Saved
 from jaxtune.peft.targets import Targets
@@ -34,7 +34,7 @@ class Config(lora.Config):
     """The knobs of DoRA are LoRA's."""
 
 
-READS = (Config, Targets, Saved, Biases)
+READS = (Config, Targets, Saved, Biases, tokens.Config)
 FROM_KERNEL = ("magnitude", "norm")
 configure = patterns.configure
 

@@ -5,7 +5,8 @@
 or s = alpha / sqrt(R) with rsLoRA (arXiv 2312.03732). A starts uniform in +-1/sqrt(D_in) and B at
 zero, as in PEFT 0.21.2 (`init_lora_weights=True`), so the adapted model starts as the base. A and B
 are float32 whatever the base's dtype; they are computed in the activations' dtype. Layers of a
-stack that are not adapted have s = 0: they stay the base and their A and B get no gradient.
+stack that are not adapted have s = 0: they stay the base and their A and B get no gradient. With
+`lora_bias` B has a bias [D_out], of which s times is added; a merge adds it to the layer's own.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,10 +17,10 @@ import jax
 import numpy as np
 from flax import nnx
 
-from jaxtune.models.base import TRANSPOSE
+from jaxtune.models.base import SAME, TRANSPOSE
 from jaxtune.nn.linear import Linear
 from jaxtune.nn.params import AdapterParam
-from jaxtune.peft import base, patterns
+from jaxtune.peft import base, embedding, patterns, tokens
 from jaxtune.peft.base import Format, Tensor
 from jaxtune.peft.beside import Biases, Saved
 from jaxtune.peft.targets import Targets
@@ -35,6 +36,7 @@ class Config:
     alpha_pattern: tuple[str, ...] = ()
     rslora: bool = False
     dropout: float = 0.0
+    lora_bias: bool = False
 
     @property
     def scale(self) -> float:
@@ -42,7 +44,8 @@ class Config:
         return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
 
 
-READS = (Config, Targets, Saved, Biases)
+READS = (Config, Targets, Saved, Biases, tokens.Config)
+ON_EMBEDDING = embedding
 configure = patterns.configure
 
 
@@ -52,6 +55,10 @@ class LoRA(nnx.Module):
     def __init__(self, linear: Linear, configs: Sequence[Config | None], config: Config):
         self.dropout = config.dropout
         self.a, self.b = pair(linear, configs)
+        self.bias: Any = nnx.data(None)
+        if config.lora_bias:
+            d_out = linear.kernel.get_value().shape[-1]
+            self.bias = base.zeros(linear, (d_out,), (linear.axes[1],))
         self.scale = base.constant(linear)
         self.key = nnx.data(None)
 
@@ -59,9 +66,13 @@ class LoRA(nnx.Module):
         a = self.a.get_value()
         b = self.b.get_value() * self.scale.get_value()
         if self.key is None:
-            return linear.adapt(x, a, b)
-        noisy = base.dropped(x, self.dropout, self.key)
-        return linear.project(x) + linear.low_rank(noisy, a, b)
+            y = linear.adapt(x, a, b)
+        else:
+            noisy = base.dropped(x, self.dropout, self.key)
+            y = linear.project(x) + linear.low_rank(noisy, a, b)
+        if self.bias is None:
+            return y
+        return y + (self.bias.get_value() * self.scale.get_value()).astype(y.dtype)
 
     def seed(self, key: jax.Array, index: int) -> None:
         """Gives the layer its own key, if it has dropout."""
@@ -78,32 +89,37 @@ def pair(linear: Linear, configs: Sequence[Any]) -> tuple[AdapterParam, AdapterP
 
 
 def attach(model: nnx.Module, adapters: base.Adapters) -> None:
-    """Puts a LoRA into the slots of the chosen layers."""
+    """Puts a LoRA into the slots of the chosen layers and of the embedding."""
     base.fill_slots(model, adapters, LoRA)
+    embedding.attach(model, adapters)
 
 
 def initial(leaf: str, shape: tuple[int, ...], config: Any, rng: np.random.Generator) -> np.ndarray:
-    """First value of `a` [D_in, R], `b` [R, D_out] or `scale` [] of one adapted layer, float32."""
+    """First value of `a` [D_in, R], `b` [R, D_out], `bias` [D_out] or `scale` [] of a layer."""
     if leaf == "scale":
         return np.asarray(config.scale, np.float32)
-    if leaf == "b":
+    if leaf in ("b", "bias"):
         return np.zeros(shape, np.float32)
     return base.padded(base.kaiming(rng, (shape[0], config.rank), shape[0]), shape)
 
 
 def tensors(config: Any, d_in: int, d_out: int) -> dict[str, Tensor]:
     """What PEFT stores of a layer."""
+    bias = {"bias": Tensor("lora_B.bias", (d_out,), SAME)} if config.lora_bias else {}
     return {
         "a": Tensor("lora_A.weight", (d_in, config.rank), TRANSPOSE),
         "b": Tensor("lora_B.weight", (config.rank, d_out), TRANSPOSE),
+        **bias,
     }
 
 
 def merge(
     leaf: str, array: np.ndarray, adapter: Mapping[str, np.ndarray], config: Config
 ) -> np.ndarray:
-    """W + s A B [D_in, D_out]; the bias stays."""
-    return array + config.scale * (adapter["a"] @ adapter["b"]) if leaf == "kernel" else array
+    """W + s A B [D_in, D_out]; the bias stays, but for s times that of B."""
+    if leaf == "kernel":
+        return array + config.scale * (adapter["a"] @ adapter["b"])
+    return array + config.scale * adapter["bias"] if config.lora_bias else array
 
 
 PEFT = Format(
@@ -122,7 +138,6 @@ PEFT = Format(
         "layer_replication": None,
         "layers_pattern": None,
         "loftq_config": {},
-        "lora_bias": False,
         "lora_ga_config": None,
         "megatron_config": None,
         "megatron_core": "megatron.core",
@@ -130,7 +145,6 @@ PEFT = Format(
         "monteclora_config": None,
         "qalora_group_size": 16,
         "target_parameters": None,
-        "trainable_token_indices": None,
         "use_bdlora": None,
         "use_dora": False,
         "use_qalora": False,
@@ -156,6 +170,7 @@ def to_peft(config: Any, layers: Mapping[str, Any]) -> dict[str, Any]:
         **patterns.to_peft(config, layers, "r", "lora_alpha"),
         "lora_dropout": config.dropout,
         "use_rslora": config.rslora,
+        "lora_bias": config.lora_bias,
     }
 
 
@@ -165,4 +180,5 @@ def from_peft(fields: Mapping[str, Any]) -> Config:
         **patterns.from_peft(fields, "r", "lora_alpha"),
         rslora=bool(fields.get("use_rslora")),
         dropout=float(fields.get("lora_dropout") or 0.0),
+        lora_bias=bool(fields.get("lora_bias")),
     )

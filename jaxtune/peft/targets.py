@@ -8,6 +8,7 @@ from typing import Any
 from jaxtune import tree
 from jaxtune.errors import ConfigError
 from jaxtune.nn.linear import layer_names, linears
+from jaxtune.peft.base import EMBEDDING
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +24,8 @@ def choose(model: Any, targets: Targets) -> dict[str, tuple[bool, ...]]:
     """Linear path -> for each layer of its stack, whether it is targeted.
 
     A layer is matched by its name with its index in the whole model (`layers.3.attn.q_proj`),
-    however the model is cut into stacks. The output head cannot be a target.
+    however the model is cut into stacks. So is the embedding, but not by all-linear; it is in no
+    layer. The output head cannot be a target.
 
     Raises:
         ConfigError: a pattern or a layer index that matches nothing, with the candidates; or the
@@ -36,15 +38,15 @@ def choose(model: Any, targets: Targets) -> dict[str, tuple[bool, ...]]:
             f"config.peft.layers_to_transform: no layer {absent[0]} - "
             f"the model has layers 0 to {sum(model.stacks) - 1}"
         )
-    choice, seen = {}, set()
-    for path, _ in linears(model):
+    choice, seen, layers = {}, set(), targets.layers_to_transform
+    for path in (EMBEDDING, *(path for path, _ in linears(model))):
         chosen = []
         for index, name in layer_names(path, model.stacks):
             seen.add(name.rsplit(".", 1)[-1])
             hits = {pattern for pattern in targets.target_modules if _hits(pattern, name)}
             unused -= hits
             excluded = any(tree.matches(pattern, name) for pattern in targets.exclude_modules)
-            wanted = not targets.layers_to_transform or index in targets.layers_to_transform
+            wanted = index is None or not layers or index in layers
             chosen.append(bool(hits) and not excluded and wanted)
         if any(chosen):
             choice[path] = tuple(chosen)
@@ -60,7 +62,7 @@ def choose(model: Any, targets: Targets) -> dict[str, tuple[bool, ...]]:
 
 def _hits(pattern: str, name: str) -> bool:
     if pattern == "all-linear":
-        return name != "lm_head"
+        return name not in (EMBEDDING, "lm_head")
     return tree.matches(pattern, name)
 
 
@@ -75,8 +77,6 @@ def _no_match(patterns: Any, names: list[str]) -> str:
 
 def is_target(name: str, targets: Any) -> bool:
     """PEFT's rule for target_modules: a regular expression, or a list of names or ends of them."""
-    if targets == "all-linear":
-        return name != "lm_head"
     if isinstance(targets, str):
         return re.fullmatch(targets, name) is not None
     return any(name == target or name.endswith(f".{target}") for target in targets or ())

@@ -11,7 +11,8 @@ import pytest
 
 from jaxtune import peft as methods
 from jaxtune import tree
-from jaxtune.checkpoint.adapter import WEIGHTS_FILE, load_adapter, save_adapter
+from jaxtune.checkpoint.adapter import load_adapter, save_adapter
+from jaxtune.checkpoint.adapter_file import WEIGHTS_FILE
 from jaxtune.checkpoint.hf import load_weights
 from jaxtune.checkpoint.hf_save import save_model
 from jaxtune.checkpoint.safetensors import read_header, read_tensor, write_folder
@@ -60,8 +61,8 @@ class Adapted:
         return folder
 
     def load(self, folder: Path, base: str = "tiny:llama") -> Any:
-        model = self.model
-        return load_adapter(folder, model.abstract, model.weights, model.stacks, base=base)
+        model, named = self.model, dataclasses.replace(self.checkpoint, name=base)
+        return load_adapter(folder, model.abstract, model.weights, model.stacks, base=named)
 
 
 @pytest.mark.parametrize("layers", LAYOUTS)

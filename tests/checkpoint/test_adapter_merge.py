@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxtune import merge
-from jaxtune.checkpoint.adapter import WEIGHTS_FILE
+from jaxtune.checkpoint.adapter_file import WEIGHTS_FILE
 from jaxtune.checkpoint.safetensors import read_header, read_tensor
 from jaxtune.errors import ConfigError, WeightError
 from jaxtune.peft.combine import COMBINATIONS, Knobs, Pair

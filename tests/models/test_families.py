@@ -225,7 +225,7 @@ def test_lora_in_peft(name: str, variant: str, tmp_path: Path):
     folder, base = tmp_path / "adapter", loaded.skeleton.abstract()
     where = (loaded.weights, loaded.stacks)
     save_adapter(folder, params, adapted.adapters, base, *where, base="random")
-    back = load_adapter(folder, base, *where, base="random")
+    back = load_adapter(folder, base, *where, base=checkpoint)
     for path, array in back.params.items():
         mine = params.get(path, np.zeros_like(array))
         np.testing.assert_allclose(array, mine, rtol=1e-6, err_msg=path)

@@ -19,7 +19,6 @@ from jaxtune.sharding.mesh import make_mesh
 from jaxtune.step import make_train_step
 from tests import oracle, tolerances
 
-ADAPTERS = [n for n in peft.METHODS if peft.is_adapter(n) and not peft.is_prompt(n)]
 OPTIONS: dict[str, dict[str, Any]] = {
     "lora": {"rank": 4, "rank_pattern": ("layers.0.attn.v_proj=2",)},
     "dora": {"rank": 4},
@@ -30,7 +29,16 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "vera": {"rank": 8},
     "ia3": {},
     "oft": {"block_size": 8},
+    "tokens": {"trainable_tokens": (64, 2)},
+    "lora, bias and tokens": {
+        "method": "lora",
+        "rank": 4,
+        "lora_bias": True,
+        "trainable_tokens": (64, 2),
+    },
+    "lora, embedding": {"method": "lora", "rank": 4, "target_modules": ("embed", "down_proj")},
 }
+ADAPTERS = list(OPTIONS)
 ONE = {"data": 1, "fsdp": 1, "tensor": 1}
 RATE = optax.constant_schedule(0.1)
 
@@ -42,6 +50,7 @@ RATE = optax.constant_schedule(0.1)
         ({"method": "full", "adapter": "folder"}, "peft.adapter='folder' would be ignored"),
         ({"method": "ia3", "alpha": 1.0}, "peft.alpha=1.0 would be ignored: peft.method=ia3"),
         ({"block_size": 8}, "peft.block_size=8 would be ignored: peft.method=lora"),
+        ({"method": "loha", "trainable_tokens": (1,)}, "trainable_tokens=(1,) would be ignored"),
         ({"adapter": "folder", "alpha": 3.0}, "peft.alpha=3.0 would be ignored: peft.adapter bri"),
         ({"adapter": "folder", "layers_to_transform": (1,)}, "layers_to_transform=(1,) would be"),
     ],
@@ -73,18 +82,28 @@ def described(
     config = RunConfig(
         model=Model(layers=layers, remat="none"),
         quant=Quant(format=quantized),
-        peft=Peft(method=method, **OPTIONS.get(method, {}) | options),
+        peft=Peft(**{"method": method} | options | OPTIONS.get(method, {})),
         data=Data(train=("rows.jsonl",)),
     )
     devices = jax.devices()[: int(np.prod(list(mesh.values())))]
     return build.describe(config, make_mesh(mesh, devices), base)
 
 
-def own_part(run: build.Run, path: str, index: int, leaf: str) -> tuple[slice, ...]:
-    """The part of its stack's array that a layer uses; if its rank is smaller, the rest is zero."""
-    widths = run.frozen[f"{path}.kernel"].shape[-2:]
-    knobs = run.adapters.choice[path][index]
-    return tuple(map(slice, peft.METHODS[run.adapters.method].tensors(knobs, *widths)[leaf].shape))
+def test_every_adapter_has_a_case():
+    adapters = {n for n in peft.METHODS if peft.is_adapter(n) and not peft.is_prompt(n)}
+    assert adapters <= set(ADAPTERS)
+
+
+def parts(run: build.Run, name: str) -> dict[str, tuple]:
+    """Of each layer, the part of its stack's array that it uses; at smaller ranks the rest is 0."""
+    path, leaf = name.split(".adapter.")
+    widths = run.frozen[peft.weight_name(path)].shape[-2:]
+    method, found = peft.module_of(run.adapters, path), {}
+    for index, (number, layer) in enumerate(layer_names(path, run.stacks)):
+        own = method.tensors(run.adapters.layers[path][index], *widths)[leaf].shape
+        place = () if number is None else (index,)
+        found[f"{layer}.{leaf}"] = (*place, *map(slice, own))
+    return found
 
 
 def filled(run: build.Run, *, noise: float) -> dict[str, Any]:
@@ -92,12 +111,10 @@ def filled(run: build.Run, *, noise: float) -> dict[str, Any]:
     values = build.fill_base(run, lambda done, total: None)
     values |= build.fill_adapter(run, values)
     for name in run.trainable if noise else ():
-        path, leaf = name.split(".adapter.")
         array = np.array(values[name])
-        for index, (_, layer) in enumerate(layer_names(path, run.stacks)):
-            random = np.random.default_rng(zlib.crc32(f"{layer}.{leaf}".encode()))
-            own = own_part(run, path, index, leaf)
-            array[index][own] += random.normal(0, noise, array[index][own].shape)
+        for layer, own in parts(run, name).items():
+            random = np.random.default_rng(zlib.crc32(layer.encode()))
+            array[own] += random.normal(0, noise, array[own].shape)
         values[name] = jax.device_put(array, values[name].sharding)
     return values
 
@@ -111,7 +128,9 @@ def batch() -> TokenBatch:
 
 @pytest.mark.parametrize("method", ADAPTERS)
 def test_a_new_adapter_is_the_base_and_all_of_it_can_learn(base: Checkpoint, method: str):
-    run = described(base, method, target_modules=("v_proj", "down_proj"))
+    targeted = peft.Targets in peft.METHODS[OPTIONS[method].get("method", method)].READS
+    some = {"target_modules": ("v_proj", "down_proj")} if targeted else {}
+    run = described(base, method, **some)
     values, start = filled(run, noise=0.2), filled(run, noise=0.0)
     micro = jax.tree.map(lambda leaf: leaf[0], batch())
 
@@ -131,7 +150,7 @@ def test_a_new_adapter_is_the_base_and_all_of_it_can_learn(base: Checkpoint, met
     assert abs(float(loss) - float(expected)) > 1e-4 * float(expected)
     for name, grad in grads.items():
         assert np.isfinite(grad).all(), name
-        assert all(np.asarray(layer).any() for layer in grad), name
+        assert all(np.asarray(grad[own]).any() for own in parts(run, name).values()), name
 
 
 def after_a_step(run: build.Run) -> tuple[dict[str, np.ndarray], float]:
@@ -152,9 +171,7 @@ def after_a_step(run: build.Run) -> tuple[dict[str, np.ndarray], float]:
     layers = {}
     for name, array in state.trainable.items():
         assert (np.asarray(array) != np.asarray(values[name])).any(), name
-        path, leaf = name.split(".adapter.")
-        for index, (_, layer) in enumerate(layer_names(path, run.stacks)):
-            layers[f"{layer}.{leaf}"] = np.asarray(array[index])[own_part(run, path, index, leaf)]
+        layers |= {layer: np.asarray(array[own]) for layer, own in parts(run, name).items()}
     return layers, float(metrics["loss"])
 
 
@@ -190,11 +207,17 @@ def test_quantized_bases_train_in_all_layouts(base: Checkpoint, method: str, for
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"trainable_tokens": (97,)}, "97 comes twice, or is not among the model's ids 0 to 96"),
+        ({"trainable_tokens": (5, 5)}, "5 comes twice"),
+        ({"target_modules": ("embed",)}, "peft.method=dora has no form for the embedding"),
+        ({"trainable_tokens": (5,), "modules_to_save": ("lm_head",)}, "lm_head is adapted"),
         ({"rank_pattern": ("c_attn=8",)}, "rank_pattern: c_attn matches no adapted layer"),
         ({"rank_pattern": ("q_proj",)}, "'q_proj' is not of the form pattern=8"),
         ({"alpha_pattern": ("q_proj=x",)}, "'q_proj=x' is not of the form pattern=8.0"),
     ],
 )
-def test_patterns_that_say_nothing_are_refused(base: Checkpoint, options: dict, message: str):
+def test_targets_and_patterns_that_do_not_fit_are_refused(
+    base: Checkpoint, options: dict, message: str
+):
     with pytest.raises(ConfigError, match=message):
         described(base, "dora", **options)

@@ -43,6 +43,35 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "ia3": ("IA3Config", {"feedforward_modules": ["down_proj"]}),
     "oft": ("OFTConfig", {"oft_block_size": 8, "r": 0, "num_cayley_neumann_terms": 6}),
 }
+TOKENS = [5, 90, 3]
+TIED = {"tie_word_embeddings": True}
+# On the embedding and the head: our method, PEFT's class and options, the base.
+OUTSIDE: list[tuple[str, str, dict[str, Any], dict[str, Any]]] = [
+    (
+        "lora",
+        "LoraConfig",
+        {"r": 3, "target_modules": [*SOME, "embed_tokens"], "rank_pattern": {"embed_tokens": 2}},
+        {},
+    ),
+    ("lora", "LoraConfig", {"r": 3, "target_modules": [*SOME, "embed_tokens"]}, TIED),
+    (
+        "lora",
+        "LoraConfig",
+        {
+            "r": 3,
+            "lora_bias": True,
+            "trainable_token_indices": {"embed_tokens": TOKENS, "lm_head": [7]},
+        },
+        {},
+    ),
+    ("dora", "LoraConfig", {"r": 3, "use_dora": True, "trainable_token_indices": TOKENS}, TIED),
+    (
+        "tokens",
+        "TrainableTokensConfig",
+        {"target_modules": ["embed_tokens"], "token_indices": TOKENS},
+        TIED,
+    ),
+]
 MORE: list[tuple[str, str, dict[str, Any]]] = [
     ("lora", "LoraConfig", {"r": 3, "target_modules": "all-linear", "layers_to_transform": [1]}),
     ("lora", "LoraConfig", {"r": 3, "bias": "all", "modules_to_save": ["model.norm"]}),
@@ -90,10 +119,13 @@ def our_logits(loaded: oracle.Loaded, adapter: Any, tokens: np.ndarray) -> np.nd
     return np.asarray(model.logits(model.hidden(tokens, positions, None)[0]))
 
 
-def check(method: str, name: str, options: dict[str, Any], layers: str, tmp_path: Path) -> None:
+def check(
+    method: str, name: str, options: dict[str, Any], layers: str, tmp_path: Path, **sizes: Any
+) -> None:
     import peft as theirs
+    import transformers
 
-    hf = oracle.hf_llama(**SIZES)
+    hf = oracle.hf_llama(**SIZES | sizes)
     model = their_model(hf, name, options)
     model.save_pretrained(tmp_path / "theirs")
     tokens = oracle.random_tokens(0, 2, 9)
@@ -104,7 +136,7 @@ def check(method: str, name: str, options: dict[str, Any], layers: str, tmp_path
     loaded = oracle.load(checkpoint, layers=layers)
     shapes = loaded.skeleton.abstract()
     place = (shapes, loaded.weights, loaded.stacks)
-    adapter = load_adapter(tmp_path / "theirs", *place, base="random")
+    adapter = load_adapter(tmp_path / "theirs", *place, base=checkpoint)
     assert adapter.adapters.method == method
     assert oracle.difference(our_logits(loaded, adapter, tokens), expected) <= 1e-5
 
@@ -114,9 +146,13 @@ def check(method: str, name: str, options: dict[str, Any], layers: str, tmp_path
     written = json.loads((tmp_path / "ours" / CONFIG_FILE).read_text())
     assert set(written) == set(json.loads((tmp_path / "theirs" / CONFIG_FILE).read_text()))
 
-    merged = model.merge_and_unload().state_dict()
     arguments = (adapter.params, checkpoint, *place[1:])
     save_model(tmp_path / "merged", *arguments, adapters=adapter.adapters)
+    opened = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    assert oracle.difference(oracle.hf_logits(opened, tokens), expected) <= 1e-5
+    if "embed" in adapter.adapters.choice and sizes == TIED:
+        return  # what PEFT merges has other logits than its adapter
+    merged = model.merge_and_unload().state_dict()
     ours = open_checkpoint(str(tmp_path / "merged"))
     assert set(ours.tensors) == set(checkpoint.tensors)
     for key in ours.tensors:
@@ -126,6 +162,13 @@ def check(method: str, name: str, options: dict[str, Any], layers: str, tmp_path
 @pytest.mark.parametrize("method", CASES)
 def test_peft_computes_the_same(method: str, tmp_path: Path):
     check(method, *CASES[method], "scan", tmp_path)
+
+
+@pytest.mark.parametrize(("method", "name", "options", "sizes"), OUTSIDE)
+def test_peft_computes_the_same_outside_of_the_layers(
+    method: str, name: str, options: dict, sizes: dict, tmp_path: Path
+):
+    check(method, name, options, "scan", tmp_path, **sizes)
 
 
 @pytest.mark.slow

@@ -12,7 +12,8 @@ import pytest
 
 import jaxtune
 from jaxtune import objectives, tree
-from jaxtune.checkpoint.adapter import WEIGHTS_FILE, load_adapter
+from jaxtune.checkpoint.adapter import load_adapter
+from jaxtune.checkpoint.adapter_file import WEIGHTS_FILE
 from jaxtune.checkpoint.adapter_prompt import save_prompt
 from jaxtune.checkpoint.safetensors import read_header, read_tensor
 from jaxtune.data.batch import TokenBatch, TokenRow
@@ -122,7 +123,8 @@ def test_folders_are_those_of_peft(
 
     def read(folder: Path) -> tuple[tree.Skeleton, tree.Params]:
         shapes, weights = loaded.skeleton.abstract(), loaded.weights
-        adapter = load_adapter(folder, shapes, weights, loaded.stacks, base="random")
+        base = oracle.checkpoint_of(hf)
+        adapter = load_adapter(folder, shapes, weights, loaded.stacks, base=base)
         model = finished[adapter.adapters.method]
         assert adapter.adapters == model.adapters
         return model.skeleton, {**model.frozen, **jax.tree.map(jnp.asarray, adapter.params)}
@@ -150,7 +152,7 @@ def test_folders_are_those_of_peft(
 
 
 def test_folders_that_do_not_fit_are_refused(
-    loaded: oracle.Loaded, finished: dict, tmp_path: Path
+    hf: Any, loaded: oracle.Loaded, finished: dict, tmp_path: Path
 ) -> None:
     adapted = finished["prefix"]
     save_prompt(tmp_path, table(adapted)[:, 1:], adapted.adapters, base="random")
@@ -158,7 +160,8 @@ def test_folders_that_do_not_fit_are_refused(
     with pytest.raises(
         WeightError, match=r"wrong shape: prompt_embeddings is \[5, 95\].*\[5, 96\]"
     ):
-        load_adapter(tmp_path, shapes, weights, loaded.stacks, base="random")
+        base = oracle.checkpoint_of(hf)
+        load_adapter(tmp_path, shapes, weights, loaded.stacks, base=base)
 
 
 def torch_names(case: str) -> dict[str, tuple[str, ...]]:
