@@ -47,12 +47,6 @@ TOKENS = [5, 90, 3]
 TIED = {"tie_word_embeddings": True}
 # On the embedding and the head: our method, PEFT's class and options, the base.
 OUTSIDE: list[tuple[str, str, dict[str, Any], dict[str, Any]]] = [
-    (
-        "lora",
-        "LoraConfig",
-        {"r": 3, "target_modules": [*SOME, "embed_tokens"], "rank_pattern": {"embed_tokens": 2}},
-        {},
-    ),
     ("lora", "LoraConfig", {"r": 3, "target_modules": [*SOME, "embed_tokens"]}, TIED),
     (
         "lora",
@@ -64,12 +58,18 @@ OUTSIDE: list[tuple[str, str, dict[str, Any], dict[str, Any]]] = [
         },
         {},
     ),
-    ("dora", "LoraConfig", {"r": 3, "use_dora": True, "trainable_token_indices": TOKENS}, TIED),
     (
         "tokens",
         "TrainableTokensConfig",
         {"target_modules": ["embed_tokens"], "token_indices": TOKENS},
         TIED,
+    ),
+    ("dora", "LoraConfig", {"r": 3, "use_dora": True, "trainable_token_indices": TOKENS}, TIED),
+    (
+        "lora",
+        "LoraConfig",
+        {"r": 3, "target_modules": [*SOME, "embed_tokens"], "rank_pattern": {"embed_tokens": 2}},
+        {},
     ),
 ]
 MORE: list[tuple[str, str, dict[str, Any]]] = [
@@ -164,7 +164,10 @@ def test_peft_computes_the_same(method: str, tmp_path: Path):
     check(method, *CASES[method], "scan", tmp_path)
 
 
-@pytest.mark.parametrize(("method", "name", "options", "sizes"), OUTSIDE)
+@pytest.mark.parametrize(
+    ("method", "name", "options", "sizes"),
+    [*OUTSIDE[:3], *(pytest.param(*case, marks=pytest.mark.slow) for case in OUTSIDE[3:])],
+)
 def test_peft_computes_the_same_outside_of_the_layers(
     method: str, name: str, options: dict, sizes: dict, tmp_path: Path
 ):

@@ -95,7 +95,7 @@ def test_chosen_layers(layers: str, targets: Targets, expected: set[str]):
         ),
         (
             targeting("lm_head", layers=(0,)),
-            ["matches no layer that is left"],
+            ["lm_head is multiplied inside the loss"],
         ),
         (targeting("q_proj", "lm_head"), ["lm_head is multiplied inside the loss"]),
     ],
