@@ -185,7 +185,7 @@ def add_tokens(
     if len(tokenizer) > config.vocab_size:
         checkpoint = with_vocabulary(checkpoint, weights, len(tokenizer))
     save_model(out, {}, checkpoint, weights, (config.num_layers,), tokenizer=tokenizer)
-    ids = ",".join(map(str, tokenizer.convert_tokens_to_ids(tokens)))
+    ids = ",".join(str(tokenizer.convert_tokens_to_ids(token)) for token in tokens)
     info(f"{out}: their ids are {ids} (--config.peft.trainable_tokens={ids})")
 
 

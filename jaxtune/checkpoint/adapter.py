@@ -248,8 +248,9 @@ def _tied_rows(adapters: Adapters, weights: Sequence[Weight]) -> set[str]:
     if adapters.method != "tokens" or tokens.HEAD in adapters.rows:
         return set()
     head = next(row.hf for row in weights if row.ours == peft.weight_name(tokens.HEAD))
-    (suffix,) = (t.suffix for t in tokens.tensors(*adapters.rows[EMBEDDING], 0, 0).values())
-    return {f"{_PREFIX}{head.removesuffix('.weight')}.{suffix}"}
+    (rows,) = adapters.rows[EMBEDDING]
+    stored = tokens.tensors(rows, 0, 0).values()
+    return {f"{_PREFIX}{head.removesuffix('.weight')}.{tensor.suffix}" for tensor in stored}
 
 
 def _copies(adapted: Sequence[Whole]) -> dict[str, str]:
