@@ -86,7 +86,8 @@ def write_merged(
         learnt |= quantized_kernels(run)
     save_model(
         folder,
-        {name: params[name] for name in learnt},
+        # All processes gather them together, so in one order: a set has another in each.
+        {name: params[name] for name in sorted(learnt)},
         run.checkpoint,
         run.family.weights(run.model_config),
         run.stacks,
