@@ -78,7 +78,8 @@ class Model:
     matmul: str = _field(
         "auto",
         "product with a quantized weight: xla (the weight is decoded first), pallas_tpu (decoded "
-        "block by block inside the kernel); auto: pallas_tpu on TPU, else xla",
+        "block by block inside the kernel); auto: pallas_tpu on TPU, but for int8 with a scale a "
+        "column, else xla",
         choices=("auto", "xla", "pallas_tpu"),
     )
     cross_entropy: str = _field(

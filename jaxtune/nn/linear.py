@@ -102,7 +102,7 @@ class Linear(nnx.Module):
 
 def product(x: jax.Array, weight: Any, axes: tuple[str, str], policy: Policy) -> jax.Array:
     """x [B, ..., D_in] times a gathered weight: [B, ..., D_out]."""
-    implementation = policy.matmul if isinstance(weight, QArray) else "xla"
+    implementation = _implementation(weight, policy)
     if policy.mesh is None or policy.mesh.size == 1 or not _is_mapped(weight, x, policy):
         return ops.matmul(x, weight, implementation=implementation)
     mapped = functools.partial(
@@ -112,14 +112,28 @@ def product(x: jax.Array, weight: Any, axes: tuple[str, str], policy: Policy) ->
     return jax.checkpoint(mapped, prevent_cse=False)(x, weight)
 
 
+def _implementation(weight: Any, policy: Policy) -> str:
+    """The implementation of a product with this weight.
+
+    XLA for TPU reads the codes of columns with one scale each as an operand of its own product,
+    which keeps the matrix unit busier than the kernel does; other codes it would decode to memory.
+    """
+    if not isinstance(weight, QArray):
+        return "xla"
+    if policy.matmul != "auto":
+        return policy.matmul
+    is_by_column = weight.format == "int8" and weight.group_rows == weight.shape[-2]
+    return "xla" if is_by_column and weight.zero is None else "pallas_tpu"
+
+
 def _is_mapped(weight: Any, x: jax.Array, policy: Policy) -> bool:
     """Whether each device multiplies its own parts, instead of the compiler partitioning it.
 
     A kernel cannot be partitioned. The compiler would sum the products of tensor shards in float32
     before it rounds them: twice the bytes of the activations.
     """
-    if isinstance(weight, QArray):
-        return policy.matmul != "xla"
+    if _implementation(weight, policy) != "xla":
+        return True
     has_tensor = policy.mesh is not None and policy.mesh.shape.get("tensor", 1) > 1
     return has_tensor and x.dtype != jnp.float32
 

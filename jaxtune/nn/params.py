@@ -38,7 +38,8 @@ class Policy:
         compute_dtype: dtype of activations and matmul operands.
         softmax_dtype: dtype of attention probabilities.
         attention: implementation of attention, a name of `ops.attention.IMPLEMENTATIONS`.
-        matmul: implementation of products with quantized weights: "xla" or "pallas_tpu".
+        matmul: implementation of products with quantized weights: "xla", "pallas_tpu", or "auto",
+            which is for TPUs and goes by the weight.
         layers: "scan" (stacked) or "unroll" (one stack per layer).
         remat: what the backward pass recomputes, a name of `nn.stack.REMAT`.
         offload_frozen: the layers' frozen matrices are in host memory.
@@ -91,7 +92,7 @@ def suited_policy(platform: str, **chosen: Any) -> Policy:
     }
     fields |= {"layers": layers, "remat": "none" if stays and on_cpu else "full"}
     fields |= {"attention": _ATTENTION.get(platform, "xla")}
-    fields |= {"matmul": "pallas_tpu" if platform == "tpu" else "xla"} | given
+    fields |= {"matmul": "auto" if platform == "tpu" else "xla"} | given
     dtypes: dict[str, Any] = {
         name: jnp.dtype(value) for name, value in fields.items() if name.endswith("dtype")
     }
