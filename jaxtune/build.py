@@ -24,8 +24,9 @@ from jaxtune import frozen as frozen_weights
 from jaxtune import models, objectives, optim, peft, tree
 from jaxtune.checkpoint import hf
 from jaxtune.checkpoint.adapter import Adapter, first_values, load_adapter, places_beside
-from jaxtune.checkpoint.expand import expanded
+from jaxtune.checkpoint.expand import deeper
 from jaxtune.checkpoint.fused import require_supported
+from jaxtune.checkpoint.merging import merged
 from jaxtune.checkpoint.tensors import Checkpoint
 from jaxtune.distributed import batch_to_device, held_rows, to_device
 from jaxtune.errors import ConfigError
@@ -156,23 +157,9 @@ def describe(config: RunConfig, mesh: Mesh, checkpoint: Checkpoint) -> Run:
     """
     if problems := peft.unread(config.peft):
         raise ConfigError("; ".join(problems))
-    return _describe(config, mesh, _deeper(config.peft, checkpoint))
-
-
-def _deeper(config: Peft, checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint with the layers that the method adds."""
-    family, model_config = models.read_config(checkpoint.config, checkpoint.name)
-    origins = peft.origins(config, model_config.num_layers)
-    if not origins:
-        return checkpoint
-    deeper = expanded(checkpoint, family.weights(model_config), origins)
-    kinds = models.read_config(deeper.config, checkpoint.name)[1].layer_kinds
-    if kinds and list(kinds) != [model_config.layer_kinds[layer] for layer, _ in origins]:
-        raise ConfigError(
-            f"config.peft.method={config.method}: what the layers of {checkpoint.name} do follows "
-            "from their number, so new ones would change the others - use another method"
-        )
-    return deeper
+    for folder in config.peft.merged_adapters:
+        checkpoint = merged(checkpoint, Path(folder))
+    return _describe(config, mesh, deeper(config.peft, checkpoint))
 
 
 def _describe(config: RunConfig, mesh: Mesh, checkpoint: Checkpoint) -> Run:

@@ -29,6 +29,7 @@ from jaxtune.sharding.mesh import make_mesh
 from jaxtune.tree import Params
 
 TARGETS = ("adapter", "merged", "both")
+BASES = ("dequantized", "original")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -40,6 +41,7 @@ def export(
     step: int | None = None,
     dtype: str | None = None,
     quantize: str | None = None,
+    merge_base: str | None = None,
     max_shard_gb: float = 5.0,
 ) -> dict[str, Path]:
     """Writes a finished or interrupted run's weights as Hugging Face folders.
@@ -51,6 +53,7 @@ def export(
         step: of the checkpoint; None: the newest good one.
         dtype: of a merged model; None: that of the base's files.
         quantize: nf4, fp4 or int8, in which bitsandbytes loads a merged model; None: dense.
+        merge_base: "dequantized" or "original", see checkpoint.merge_base; None: as in the run.
         max_shard_gb: size at which a merged model's next file is begun, in 10^9 bytes.
 
     Returns:
@@ -67,8 +70,12 @@ def export(
         raise ConfigError(
             f"{run_folder} has no adapter: peft.method={cfg.peft.method} - use --to=merged"
         )
-    if quantize is not None and to == "adapter":
-        raise ConfigError(f"--quantize={quantize} is for merged models - use --to=merged")
+    for option, value in (("quantize", quantize), ("merge_base", merge_base)):
+        if value is not None and to == "adapter":
+            raise ConfigError(f"--{option}={value} is for merged models - use --to=merged")
+    if merge_base is not None:
+        checkpoint = dataclasses.replace(cfg.checkpoint, merge_base=merge_base)
+        cfg = dataclasses.replace(cfg, checkpoint=checkpoint)
     run, params = _restore(cfg, run_folder / "checkpoints", step)
     paths = {}
     if to in ("adapter", "both"):
@@ -155,6 +162,9 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         "--quantize", choices=FORMATS, help="a merged model for bitsandbytes; default: dense"
     )
     parser.add_argument(
+        "--merge_base", choices=BASES, help="what of a quantized base; default: as in the run"
+    )
+    parser.add_argument(
         "--max_shard_gb", type=float, default=5.0, help="a merged model's largest file (default 5)"
     )
 
@@ -177,6 +187,7 @@ def main() -> None:
         step=arguments.step,
         dtype=arguments.dtype,
         quantize=arguments.quantize,
+        merge_base=arguments.merge_base,
         max_shard_gb=arguments.max_shard_gb,
     )
     for what, path in paths.items():

@@ -8,11 +8,11 @@ import numpy as np
 
 from jaxtune import peft
 from jaxtune.build import Run, adapter_variables, quantized_kernels
+from jaxtune.checkpoint.adapted import require_mergeable
 from jaxtune.checkpoint.adapter import save_adapter
 from jaxtune.checkpoint.adapter_prompt import save_prompt
 from jaxtune.checkpoint.hf_save import save_model
 from jaxtune.distributed import to_host
-from jaxtune.errors import ConfigError
 from jaxtune.tree import Params
 
 
@@ -45,24 +45,6 @@ def _table(run: Run, params: Params) -> np.ndarray:
     return to_host(table).astype(np.float32, copy=False)
 
 
-def require_mergeable(run: Run) -> None:
-    """Raises ConfigError if the adapter of a run cannot be put into the weights of its base."""
-    if run.adapters is None:
-        return
-    if peft.is_prompt(run.adapters.method):
-        raise ConfigError(
-            f"peft.method={run.adapters.method} changes no weights, so there is nothing to merge - "
-            "use the adapter folder"
-        )
-    if getattr(run.adapters.config, "lora_bias", False):
-        absent = [path for path in run.adapters.choice if f"{path}.bias" not in run.variables]
-        if absent:
-            raise ConfigError(
-                f"peft.lora_bias: {absent[0]} has no bias into which that of its adapter could be "
-                "merged - use the adapter folder, or train without lora_bias"
-            )
-
-
 def write_merged(
     run: Run,
     params: Params,
@@ -80,7 +62,8 @@ def write_merged(
     Frozen base weights are copied from the base's files: those in memory may be rounded. Quantized
     ones are those in memory unless `checkpoint.merge_base` says original.
     """
-    require_mergeable(run)
+    if run.adapters is not None:
+        require_mergeable(run.adapters, run.variables)
     learnt = set(run.trainable)
     if run.config.checkpoint.merge_base == "dequantized":
         learnt |= quantized_kernels(run)

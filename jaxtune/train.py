@@ -16,13 +16,14 @@ import jax
 
 import jaxtune
 from jaxtune import build, config, data, distributed, hardware, optim, process, tree
+from jaxtune.checkpoint.adapted import require_mergeable
 from jaxtune.checkpoint.lock import NAME as LOCK
 from jaxtune.checkpoint.lock import RunLock
 from jaxtune.checkpoint.manifest import write_synced
 from jaxtune.checkpoint.source import open_checkpoint
 from jaxtune.checkpoint.store import Store
 from jaxtune.errors import ConfigError, run_command
-from jaxtune.exports import require_mergeable, write_results
+from jaxtune.exports import write_results
 from jaxtune.faults import fault
 from jaxtune.fit import fitted_step
 from jaxtune.held_out import HeldOut
@@ -151,8 +152,8 @@ def _describe(
     mesh = make_mesh(cfg.mesh.axes())
     checkpoint = open_checkpoint(cfg.model.path, cfg.model.revision)
     run = build.describe(cfg, mesh, checkpoint)
-    if cfg.checkpoint.export_merged:
-        require_mergeable(run)
+    if cfg.checkpoint.export_merged and run.adapters is not None:
+        require_mergeable(run.adapters, run.variables)
     source = cfg.model.tokenizer or checkpoint.tokenizer_source
     tokenizer = data.load_tokenizer(
         source, template=cfg.data.template, enable_thinking=cfg.data.enable_thinking

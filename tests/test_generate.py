@@ -71,9 +71,45 @@ def test_a_chat_remembers_forgets_and_survives_a_long_turn() -> None:
     assert next(lines) == "not read"
 
 
+class Named:
+    """A session that says which adapters it was asked with."""
+
+    def __init__(self, name: str = "base"):
+        self.name = name
+
+    def using(self, adapter: dict[str, float]) -> "Named":
+        return Named(str(adapter))
+
+    def generate(self, prompts: list[str], **options: object) -> list[str]:
+        return [f"{self.name} {prompt}" for prompt in prompts]
+
+
+def test_rows_choose_their_adapters(tmp_path: Path) -> None:
+    names, out = ("a", None, "b:0.5,a", "a"), tmp_path / "answers.jsonl"
+    rows = [{"prompt": str(i)} | ({"adapter": a} if a else {}) for i, a in enumerate(names)]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = ["--model=m", "--raw", f"--file={tmp_path / 'p.jsonl'}", f"--out={out}"]
+    parsed = generate.parse_arguments([*arguments, "--adapter=a=x", "--adapter=b=y=z", "--use=b"])
+    assert parsed.adapter == {"a": "x", "b": "y=z"}
+    generate.answer_file(Named(), parsed, {})  # type: ignore[arg-type]
+    answers = [json.loads(line)["answer"] for line in out.read_text().splitlines()]
+    a = "{'a': 1.0}"
+    assert answers == [f"{a} 0", "{'b': 1.0} 1", "{'b': 0.5, 'a': 1.0} 2", f"{a} 3"]
+
+
+def test_a_chat_takes_other_adapters() -> None:
+    lines = iter(["/use a:2", "/use a:x", "/exit"])
+    out = io.StringIO()
+    generate.chat(Named(), None, {}, read=lambda _: next(lines), out=out)  # type: ignore[arg-type]
+    assert "a:x: a weight is no number" in out.getvalue()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--prompt=a", "--adapter=x", "--adapter=y"], "need names"),
+        (["--prompt=a", "--adapter=x", "--use=y"], "need names"),
+        (["--prompt=a", "--adapter=a=x", "--adapter=a=y"], "the same name"),
         ([], "--prompt"),
         (["--prompt=a", "--chat"], "--chat"),
         (["--prompt=a", "--raw", "--system=b"], "--raw"),

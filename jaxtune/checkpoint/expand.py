@@ -6,10 +6,13 @@ It is opened like any other, and so is what is exported from it: a deeper Huggin
 import dataclasses
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
+from jaxtune import models, peft
 from jaxtune.checkpoint.tensors import Checkpoint
+from jaxtune.errors import ConfigError
 from jaxtune.models.base import Weight
 from jaxtune.quant import QArray
 
@@ -70,3 +73,27 @@ def expanded(
         },
         read_quantized=read_quantized,
     )
+
+
+def deeper(config: Any, checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with the layers that a method adds.
+
+    Args:
+        config: config.peft.
+        checkpoint: the base.
+
+    Raises:
+        ConfigError: what the base's layers do depends on their number.
+    """
+    family, model_config = models.read_config(checkpoint.config, checkpoint.name)
+    origins = peft.origins(config, model_config.num_layers)
+    if not origins:
+        return checkpoint
+    grown = expanded(checkpoint, family.weights(model_config), origins)
+    kinds = models.read_config(grown.config, checkpoint.name)[1].layer_kinds
+    if kinds and list(kinds) != [model_config.layer_kinds[layer] for layer, _ in origins]:
+        raise ConfigError(
+            f"config.peft.method={config.method}: what the layers of {checkpoint.name} do follows "
+            "from their number, so new ones would change the others - use another method"
+        )
+    return grown

@@ -2,27 +2,27 @@
 
 import functools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from jaxtune import process, quant
+from jaxtune import process
+from jaxtune.checkpoint.adapted import changed, own, with_adapter
 from jaxtune.checkpoint.folder import replace_folder
-from jaxtune.checkpoint.hf import Place, is_surplus, joined, places, split_path
+from jaxtune.checkpoint.hf import is_surplus, joined, places
 from jaxtune.checkpoint.manifest import write_synced
 from jaxtune.checkpoint.quantized_save import quantization_config, quantized_tensors
+from jaxtune.checkpoint.rounding import Roundings
 from jaxtune.checkpoint.safetensors import read_along, write_folder
 from jaxtune.checkpoint.tensors import Checkpoint, TensorInfo, dtype_from_name
 from jaxtune.checkpoint.vocabulary import untied
-from jaxtune.distributed import to_host
 from jaxtune.errors import ConfigError, WeightError
+from jaxtune.log import info
 from jaxtune.models import read_config
 from jaxtune.models.base import TRANSPOSE, Weight
-from jaxtune.peft import Adapters, module_of
+from jaxtune.peft import Adapters
 from jaxtune.peft.base import EMBEDDING
 from jaxtune.quant import QArray
 
@@ -49,7 +49,8 @@ def save_model(
 ) -> None:
     """Writes a Hugging Face model folder; it appears under its name only when complete.
 
-    All processes call it; the first one writes, and gathers one tensor at a time.
+    All processes call it; the first one writes, and gathers one tensor at a time. How far merged
+    weights are from those in float32, as they are stored, is logged and noted in the folder.
 
     Args:
         folder: a new folder, or an earlier export, which is replaced.
@@ -74,7 +75,7 @@ def save_model(
         # A tied head stays the base's.
         tied = read_config(checkpoint.config, checkpoint.name)[1].tie_embeddings
         checkpoint = untied(checkpoint, weights) if tied else checkpoint
-    targets = places(weights, _changed(params, adapters, checkpoint, weights, stacks), stacks)
+    targets = places(weights, changed(params, adapters, checkpoint, weights, stacks), stacks)
     tensors = {
         name: TensorInfo(info.shape, dtype_from_name(dtype) if dtype else info.dtype)
         for name, info in checkpoint.tensors.items()
@@ -86,21 +87,38 @@ def save_model(
         if name not in targets:
             return _narrow(name, checkpoint.read(name), tensors[name].dtype)
         stored = functools.cache(functools.partial(checkpoint.read, name))
-        arrays = [_merged(params, adapters, place, stored) for place in targets[name]]
-        arrays = [_narrow(name, array, tensors[name].dtype) for array in arrays]
-        return joined(targets[name], arrays, stored)
+        parts, dtype = targets[name], tensors[name].dtype
+        before = [own(params, place, stored) for place in parts]
+        after = [with_adapter(params, adapters, *pair) for pair in zip(parts, before, strict=True)]
+        if all(new is old for new, old in zip(after, before, strict=True)):
+            return joined(parts, [_narrow(name, array, dtype) for array in before], stored)
+        merged, base = (
+            joined(parts, [array.astype(np.float32) for array in arrays], stored)
+            for arrays in (after, before)
+        )
+        roundings.merged(name, merged, base)
+        result = _narrow(name, merged, dtype)
+        roundings.stored(name, result)
+        return result
 
+    roundings = Roundings()
     config, stored, read_stored = _config(checkpoint, dtype), tensors, read
     if quantize is not None:
         names = _matrices(weights, sum(stacks))
         matrix = next(name for name in tensors if name in names)
         config["quantization_config"] = quantization_config(quantize, tensors[matrix].dtype.name)
-        stored, read_stored = quantized_tensors(tensors, read, names, quantize)
+        seen = roundings.stored
+        stored, read_stored = quantized_tensors(tensors, read, names, quantize, seen)
     if not process.is_first():
         return read_along(stored, read_stored, max_shard_bytes=max_shard_bytes)
-    note = {"kind": "model", "base": checkpoint.name}
+    note: dict[str, Any] = {"kind": "model", "base": checkpoint.name}
     with replace_folder(folder, note, source=checkpoint.root) as temporary:
         write_folder(temporary, stored, read_stored, max_shard_bytes=max_shard_bytes)
+        if roundings.errors:
+            decoded = any(isinstance(leaf, QArray) for leaf in params.values())
+            note["merge_base"] = "dequantized" if decoded else "original"
+            note["merge"] = roundings.summary()
+            info(str(roundings))
         if tokenizer is not None:
             tokenizer.save_pretrained(str(temporary))
         if checkpoint.generation_config is not None:
@@ -117,64 +135,6 @@ def _matrices(weights: Sequence[Weight], num_layers: int) -> set[str]:
             "way round (Conv1D) - export them dense"
         )
     return {row.hf.format(layer) for row in rows for layer in range(num_layers)}
-
-
-def _changed(
-    params: Mapping[str, Any],
-    adapters: Adapters | None,
-    checkpoint: Checkpoint,
-    weights: Sequence[Weight],
-    stacks: Sequence[int],
-) -> dict[str, Any]:
-    """The base parameters that training changed: path -> anything with `.shape`."""
-    changed = {path: leaf for path, leaf in params.items() if ".adapter." not in path}
-    rows = {row.ours: row for row in weights}
-    for path in adapters.layers if adapters is not None else ():
-        stack, module = split_path(path)
-        lead = () if stack is None else (stacks[stack],)
-        for leaf in ("kernel", "table", "bias"):
-            row = rows.get(f"{module}.{leaf}")
-            info = row and checkpoint.tensors.get(row.hf.format(sum(stacks[: stack or 0])))
-            if row and info:
-                shape = row.take(np.broadcast_to(np.uint8(0), info.shape)).shape
-                like = jax.ShapeDtypeStruct((*lead, *shape), info.dtype)
-                changed.setdefault(f"{path}.{leaf}", like)
-    return changed
-
-
-def _merged(
-    params: Mapping[str, Any],
-    adapters: Adapters | None,
-    place: Place,
-    stored: Callable[[], np.ndarray],
-) -> np.ndarray:
-    """One layer's array on the host, its adapter merged if it has one.
-
-    Args:
-        params, adapters: see `save_model`.
-        place: the array's.
-        stored: reads the tensor that holds it, for one that is not in `params`.
-    """
-
-    def host(path: str) -> np.ndarray:
-        value = params[path]
-        if place.index is not None:
-            value = jax.tree.map(lambda leaf: leaf[place.index], value)
-        if isinstance(value, QArray):
-            value = quant.dequantize(value, jnp.float32)
-        return to_host(value)
-
-    in_params = place.path in params
-    array = host(place.path) if in_params else place.row.take(stored())
-    module, _, leaf = place.path.rpartition(".")
-    if adapters is None or module not in adapters.layers:
-        return array
-    config = adapters.layers[module][place.index or 0]
-    if config is None:  # a layer of the stack that is not adapted
-        return array
-    slot = f"{module}.adapter."
-    values = {path.removeprefix(slot): host(path) for path in params if path.startswith(slot)}
-    return module_of(adapters, module).merge(leaf, array.astype(np.float32), values, config)
 
 
 def _narrow(name: str, array: np.ndarray, dtype: np.dtype) -> np.ndarray:

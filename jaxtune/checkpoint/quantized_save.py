@@ -25,6 +25,7 @@ def quantized_tensors(
     read: Callable[[str], np.ndarray],
     names: Collection[str],
     format: str,
+    seen: Callable[[str, np.ndarray], None],
 ) -> tuple[dict[str, TensorInfo], Callable[[str], np.ndarray]]:
     """Other tensors, and how to read them: each weight among `names` becomes its parts.
 
@@ -33,6 +34,7 @@ def quantized_tensors(
         read: name -> array.
         names: the weights [F, D] to quantize.
         format: one of `FORMATS`; the scales of four-bit formats are quantized too.
+        seen: called with the name of each weight and what its parts decode to, float32 [F, D].
 
     Raises:
         WeightError: a weight's shape does not suit the format.
@@ -55,8 +57,9 @@ def quantized_tensors(
 
     @functools.lru_cache(maxsize=1)  # the parts of a weight are read one after another
     def parts_of(name: str) -> dict[str, np.ndarray]:
-        kernel = jnp.asarray(read(name).T)
-        return _parts(name, _quantize_on_device(kernel, format), tensors[name].dtype)
+        kernel = _quantize_on_device(jnp.asarray(read(name).T), format)
+        seen(name, np.asarray(quant.dequantize(kernel, jnp.float32)).T)
+        return _parts(name, kernel, tensors[name].dtype)
 
     def read_part(name: str) -> np.ndarray:
         return parts_of(owner[name])[name] if name in owner else read(name)

@@ -58,8 +58,8 @@ class Checkpoint:
 
     @property
     def tokenizer_source(self) -> str:
-        """What to load the model's own tokenizer from; `tiny:` models have no files."""
-        return self.name if self.name.startswith("tiny:") else str(self.root)
+        """What to load the model's own tokenizer from."""
+        return str(self.root)
 
 
 def dtype_from_name(name: str) -> np.dtype:

@@ -1,5 +1,6 @@
 """A model on disk, opened for use: `load` describes it, fills it, and returns a `Session`."""
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,23 +8,18 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh
 
-from jaxtune import data, models, peft, tree
-from jaxtune.checkpoint import hf
-from jaxtune.checkpoint.adapter import Adapter, first_values, load_adapter
+from jaxtune import data
+from jaxtune.checkpoint.adapter import Adapter
+from jaxtune.checkpoint.adapter_sum import summed
 from jaxtune.checkpoint.source import open_checkpoint
 from jaxtune.checkpoint.tensors import Checkpoint
 from jaxtune.errors import ConfigError
 from jaxtune.infer import engine
+from jaxtune.infer.base import Base, open_base
 from jaxtune.infer.sampling import make_sampling
 from jaxtune.infer.text import cut, settled
-from jaxtune.log import warn
-from jaxtune.nn import quantized
-from jaxtune.nn.params import suited_policy
-from jaxtune.nn.stack import stack_sizes
-from jaxtune.sharding import rules
 from jaxtune.sharding.mesh import make_mesh
 from jaxtune.tree import Params, Skeleton
 
@@ -42,12 +38,37 @@ class Session:
         params: its parameters, by name.
         tokenizer: the transformers tokenizer.
         stop_ids: tokens that end an answer.
+        base: the model without adapters.
+        adapters: those that `using` chooses from, by name.
     """
 
     skeleton: Skeleton
     params: Params
     tokenizer: Any
     stop_ids: frozenset[int]
+    base: Base
+    adapters: Mapping[str, Adapter]
+
+    def using(self, adapter: str | Mapping[str, float] | None) -> "Session":
+        """The same model with other adapters; the base's weights are shared, not read again.
+
+        Args:
+            adapter: a name; or names and weights: what these LoRAs add is weighted and added up
+                (weights 1: all of them act); None: the base.
+
+        Raises:
+            ConfigError: there is no adapter of that name, or one of several is no plain LoRA.
+        """
+        weights = {adapter: 1.0} if isinstance(adapter, str) else adapter
+        if not weights:
+            return dataclasses.replace(self, skeleton=self.base.skeleton, params=self.base.params)
+        if absent := sorted(weights.keys() - self.adapters.keys()):
+            known = ", ".join(sorted(self.adapters)) or "none"
+            raise ConfigError(f"adapter {absent[0]!r} is not loaded - loaded: {known}")
+        parts = [(self.adapters[name], weight) for name, weight in weights.items()]
+        chosen = parts[0][0] if list(weights.values()) == [1.0] else summed(parts)
+        skeleton, params = self.base.adapted(chosen)
+        return dataclasses.replace(self, skeleton=skeleton, params=params)
 
     def logits(self, input_ids: Any, attention_mask: Any = None) -> np.ndarray:
         """Logits of every position, float32 [B, T, V].
@@ -164,24 +185,27 @@ def _listed(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
 
 def load(
     path: str | Path,
-    adapter: str | Path | None = None,
+    adapter: str | Path | Mapping[str, str | Path] | None = None,
     *,
     dtype: str | None = None,
     mesh: Mesh | None = None,
     tokenizer: str | Path | None = None,
     template: str | None = None,
+    enable_thinking: bool | None = None,
 ) -> Session:
     """Opens a model.
 
     Args:
         path: Hugging Face folder (an exported model, say), .gguf file, hub id,
             package:<pip package> or tiny:<family>.
-        adapter: PEFT folder for that model.
+        adapter: PEFT folder for that model; or several by name, for `Session.using`: the session is
+            the base's at first.
         dtype: "float32" or "bfloat16", of weights and computation; None: float32 on CPU, else
             bfloat16.
         mesh: devices over which the model is spread (`sharding.mesh.make_mesh`); None: the first.
         tokenizer: folder, .gguf file or hub id; None: the model's own.
         template: name of a built-in chat template; None: the tokenizer's own.
+        enable_thinking: told to chat templates that think before they answer; None: nothing is.
 
     Raises:
         WeightError: the model, its tokenizer or the adapter is missing, damaged or does not fit.
@@ -191,45 +215,15 @@ def load(
         raise ConfigError(f"dtype={dtype!r} - use one of {', '.join(DTYPES)}")
     checkpoint = open_checkpoint(str(path))
     source = str(tokenizer or checkpoint.tokenizer_source)
-    loaded = data.load_tokenizer(source, template=template)
+    loaded = data.load_tokenizer(source, template=template, enable_thinking=enable_thinking)
     mesh = make_mesh({"data": 1}, jax.devices()[:1]) if mesh is None else mesh
-    skeleton, params = _open(checkpoint, None if adapter is None else Path(adapter), dtype, mesh)
-    return Session(skeleton, params, loaded, stop_ids(checkpoint, loaded))
-
-
-def _open(
-    checkpoint: Checkpoint, folder: Path | None, dtype: str | None, mesh: Mesh
-) -> tuple[Skeleton, Params]:
-    family, config = models.read_config(checkpoint.config, checkpoint.name)
-    platform = mesh.devices.flat[0].platform
-    policy = suited_policy(platform, mesh=mesh, compute_dtype=dtype, remat="none")
-    stacks = stack_sizes(config.num_layers, policy, config.layer_kinds)
-    weights = family.weights(config)
-
-    def build(adapter: Adapter | None = None) -> nnx.Module:
-        model = family.build(config, policy, nnx.Rngs(0))
-        quantized.put(model, kernels)
-        if adapter is not None:
-            peft.attach(model, adapter.adapters)
-        return model
-
-    kernels: quantized.Kernels = {}
-    shapes = tree.describe(build).abstract()
-    kernels = hf.quantized_kernels(checkpoint, weights, shapes, stacks)
-    skeleton = tree.describe(build)
-    base = rules.placed(skeleton, mesh)
-    params = hf.load_weights(checkpoint, weights, base, stacks)
-    if folder is None:
-        return skeleton, params
-    adapter = load_adapter(folder, base, weights, stacks, base=checkpoint)
-    for warning in adapter.warnings:
-        warn(warning)
-    skeleton = tree.describe(lambda: build(adapter))
-    places = rules.placed(skeleton, mesh)
-    missing = (places.keys() - params.keys()) | adapter.params.keys()
-    rest = {name: places[name] for name in missing}
-    values = first_values(rest, adapter.adapters, stacks, params, stored=adapter.params, seed=0)
-    return skeleton, params | values
+    base = open_base(checkpoint, dtype, mesh)
+    one = adapter is not None and not isinstance(adapter, Mapping)
+    folders = {"default": adapter} if one else adapter or {}
+    adapters = {name: base.read(Path(folder)) for name, folder in folders.items()}
+    stop = stop_ids(checkpoint, loaded)
+    session = Session(base.skeleton, base.params, loaded, stop, base, adapters)
+    return session.using("default") if one else session
 
 
 def stop_ids(checkpoint: Checkpoint, tokenizer: Any) -> frozenset[int]:

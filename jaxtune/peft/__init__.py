@@ -123,13 +123,14 @@ def _options(section: Any, kind: type) -> Any:
 
 def unread(section: Any) -> list[str]:
     """What is wrong with options of config.peft that are set although nobody reads them."""
-    read, why = {"method"}, f"peft.method={section.method} does not read it"
+    read, why = {"method", "merged_adapters"}, f"peft.method={section.method} does not read it"
     if is_adapter(section.method):
         read |= {"adapter"}
     for kind in METHODS[section.method].READS:
         read |= {field.name for field in dataclasses.fields(kind)}
     if section.adapter is not None and is_adapter(section.method):
-        read, why = read & {"method", "adapter", *_OF_TRAINING}, "peft.adapter brings its own"
+        read &= {"method", "merged_adapters", "adapter", *_OF_TRAINING}
+        why = "peft.adapter brings its own"
     return [
         f"config.peft.{field.name}={getattr(section, field.name)!r} would be ignored: {why}"
         for field in dataclasses.fields(section)

@@ -99,6 +99,8 @@ def test_dare_keeps_the_mean():
         (["--how=ties"], "--density goes with"),
         (["--density=0.5"], "--density goes with"),
         (["--rank=4"], "goes with --how=svd"),
+        (["--unmerge=model"], "takes one adapter out"),
+        (["--base=model"], "--base goes with --unmerge"),
     ],
 )
 def test_options_without_sense_are_refused(options: list[str], message: str):

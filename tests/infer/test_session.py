@@ -103,26 +103,40 @@ def test_bfloat16_weights_and_an_unknown_dtype() -> None:
         jaxtune.load("tiny:llama", dtype="float8")
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_a_peft_adapter_gives_the_logits_of_peft(tmp_path: Path) -> None:
+@pytest.mark.filterwarnings("ignore")
+def test_adapters_of_peft_alone_stacked_and_weighted(tmp_path: Path) -> None:
     torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
     model = oracle.hf_llama(vocab_size=259)
     base = tmp_path / "base"
     model.save_pretrained(base)
     jaxtune.load("tiny:llama").tokenizer.save_pretrained(base)
-    config = peft.LoraConfig(
-        r=4, lora_alpha=12, target_modules=["q_proj", "down_proj"], layers_to_transform=[0, 2]
-    )
-    adapted = peft.get_peft_model(model, config).eval()
+    first = {"r": 4, "lora_alpha": 12, "target_modules": ["q_proj", "down_proj"]}
+    first |= {"layers_to_transform": [0]}
+    second = {"r": 2, "target_modules": ["q_proj", "up_proj"], "rank_pattern": {"up_proj": 3}}
+    adapted = peft.get_peft_model(model, peft.LoraConfig(**first), "a").eval()
+    adapted.add_adapter("b", peft.LoraConfig(**second))
     for name, parameter in adapted.named_parameters():
         if "lora_" in name:
             torch.nn.init.normal_(parameter, std=0.3)
-    adapted.save_pretrained(tmp_path / "adapter")
+    adapted.save_pretrained(tmp_path)
     tokens = oracle.random_tokens(0, 2, 12)
-    session = jaxtune.load(base, tmp_path / "adapter")
+    session = jaxtune.load(base, {name: tmp_path / name for name in "ab"})
+    adapted.add_weighted_adapter(["a", "b"], [0.7, 0.3], "cat", combination_type="cat")
+    for ours, theirs in (("b", "b"), ({"a": 1, "b": 1}, ["a", "b"]), ({"a": 0.7, "b": 0.3}, "cat")):
+        adapted.base_model.set_adapter(theirs)
+        using = session.using(ours)
+        assert using.params["embed.table"] is session.params["embed.table"]
+        expected = oracle.hf_logits(adapted, tokens)
+        assert oracle.difference(using.logits(tokens), expected) < tolerances.LOGITS
+        assert oracle.difference(session.logits(tokens), expected) > 0.01
+    assert session.using("b").skeleton is session.using("b").skeleton, "it would compile again"
+    assert session.using("b").using(None).skeleton is session.skeleton
+    adapted.base_model.set_adapter("a")
+    one = jaxtune.load(base, tmp_path / "a")
     expected = oracle.hf_logits(adapted, tokens)
-    assert oracle.difference(session.logits(tokens), expected) < tolerances.LOGITS
-    assert oracle.difference(jaxtune.load(base).logits(tokens), expected) > 0.01
+    assert oracle.difference(one.logits(tokens), expected) < tolerances.LOGITS
+    with pytest.raises(ConfigError, match="adapter 'c' is not loaded - loaded: a, b"):
+        session.using("c")
 
 
 def test_a_missing_adapter_is_an_error(tmp_path: Path) -> None:
