@@ -35,7 +35,12 @@ from jaxtune.nn import quantized
 from jaxtune.nn.noise import Noise
 from jaxtune.nn.params import AdapterConstant, AdapterParam, Policy
 from jaxtune.nn.stack import stack_sizes
-from jaxtune.policy import loss_implementation, require_equal_chunks, resolve_policy
+from jaxtune.policy import (
+    loss_implementation,
+    require_equal_chunks,
+    require_room,
+    resolve_policy,
+)
 from jaxtune.quant import QArray
 from jaxtune.schema import Peft, RunConfig
 from jaxtune.sharding import rules
@@ -194,6 +199,7 @@ def _describe(config: RunConfig, mesh: Mesh, checkpoint: Checkpoint) -> Run:
         return model
 
     skeleton = tree.describe(build)
+    require_room(config, skeleton.model(skeleton.abstract()))
     shapes = rules.placed(
         skeleton,
         mesh,
@@ -264,6 +270,11 @@ def _adapters(
             places_beside(adapters, shapes, weights, stacks)  # refuses what cannot be exported
         return None, adapters
     imported = load_adapter(Path(config.adapter), shapes, weights, stacks, base=checkpoint)
+    if imported.partial:
+        raise ConfigError(
+            f"config.peft.adapter={config.adapter} has the biases {imported.partial[0]} of some "
+            "layers, which are stacked in one array with others - set model.layers=unroll"
+        )
     if imported.adapters.method != config.method:
         raise ConfigError(
             f"config.peft.adapter={config.adapter} holds a {imported.adapters.method} adapter - "

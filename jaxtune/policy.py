@@ -209,3 +209,18 @@ def loss_implementation(model: Model, mesh: Mesh) -> str:
     if model.cross_entropy != "auto":
         return model.cross_entropy
     return "pallas_tpu" if mesh.devices.flat[0].platform == "tpu" else "chunked"
+
+
+def require_room(config: RunConfig, model: Any) -> None:
+    """Raises ConfigError if a prefix or prompt, of a folder say, leaves too little room."""
+    length, virtual = config.data.max_seq_len, model.num_virtual_tokens
+    if virtual > length // 2:
+        raise ConfigError(
+            f"config.data.max_seq_len={length}: more than half of a row would be the {virtual} "
+            "virtual tokens of the prompt - raise it"
+        )
+    if model.config.position_rows and length - virtual > model.max_tokens:
+        raise ConfigError(
+            f"config.data.max_seq_len={length}: the model has learned {model.config.max_positions} "
+            f"positions, of which the prefix leaves {model.max_tokens} - use as many or fewer"
+        )

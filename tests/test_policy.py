@@ -6,8 +6,8 @@ import pytest
 
 from jaxtune.errors import ConfigError
 from jaxtune.models import llama
-from jaxtune.policy import resolve_policy
-from jaxtune.schema import Mesh, RunConfig
+from jaxtune.policy import require_room, resolve_policy
+from jaxtune.schema import Data, Mesh, RunConfig
 from jaxtune.sharding.mesh import make_mesh
 
 MODEL = llama.Config.from_hf(llama.TINY)
@@ -22,3 +22,20 @@ def test_an_expert_axis_needs_experts_that_it_divides():
     with pytest.raises(ConfigError, match="has 3 experts"):
         resolve_policy(config, SimpleNamespace(**fields, num_experts=3), mesh)
     assert resolve_policy(config, SimpleNamespace(**fields, num_experts=4), mesh).mesh is mesh
+
+
+@pytest.mark.parametrize(
+    ("virtual", "max_tokens", "message"),
+    [
+        (9, 99, "more than half of a row would be the 9 virtual tokens"),
+        (0, 15, "learned 20 positions, of which the prefix leaves 15"),
+    ],
+)
+def test_prompts_and_prefixes_leave_room_for_rows(virtual: int, max_tokens: int, message: str):
+    sizes = SimpleNamespace(position_rows=20, max_positions=20)
+    config = RunConfig(data=Data(max_seq_len=16))
+    room = SimpleNamespace(config=sizes, num_virtual_tokens=8, max_tokens=8)
+    require_room(config, room)
+    model = SimpleNamespace(config=sizes, num_virtual_tokens=virtual, max_tokens=max_tokens)
+    with pytest.raises(ConfigError, match=message):
+        require_room(config, model)

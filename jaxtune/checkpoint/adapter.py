@@ -63,11 +63,14 @@ class Adapter:
         adapters: what `peft.attach` takes.
         params: path of each variable that is stored -> float32 array.
         warnings: what looks wrong but may be meant.
+        partial: stacked biases of the base of which the folder has some layers only; the others in
+            `params` are the base's.
     """
 
     adapters: Adapters
     params: dict[str, np.ndarray]
     warnings: tuple[str, ...]
+    partial: tuple[str, ...] = ()
 
 
 class Stored(NamedTuple):
@@ -227,7 +230,8 @@ def load_adapter(
     stored = stored_tensors(adapters, adapted, base_params)
     beside = places_beside(adapters, base_params, weights, stacks)
     sizes = {key: entry.shape for key, entry in stored.items()}
-    sizes |= {key: stored_shape((place,)) for key, place in beside.items()}
+    partial = {} if fields.get("bias") == "all" else _of_others(adapters, beside)
+    sizes |= {key: stored_shape((place,)) for key, place in beside.items() if key not in partial}
     copies = _copies(adapted)
     others = {*copies, *_tied_rows(adapters, weights)}
     arrays = read_tensors(folder, sizes, _fixed(adapters), others)
@@ -237,10 +241,22 @@ def load_adapter(
         array = entry.tensor.change.to_ours(arrays[key])
         values.setdefault(entry.whole.name, {})[entry.leaf] = array
     adapters, params = _separated(adapters, adapted, values, base_params)
+    arrays |= {key: base.read(key.removeprefix(_PREFIX)) for key in partial}
     for key, (path, index, _, row, *_) in beside.items():
         stack = params.setdefault(path, np.zeros(base_params[path].shape, np.float32))
         stack[... if index is None else index] = row.change.to_ours(arrays[key])
-    return Adapter(adapters, params, _warnings(folder, fields, base.name))
+    incomplete = tuple(sorted({place.path for place in partial.values()}))
+    return Adapter(adapters, params, _warnings(folder, fields, base.name), incomplete)
+
+
+def _of_others(adapters: Adapters, beside: Mapping[str, Place]) -> dict[str, Place]:
+    """The biases of layers that are not adapted, in stacks with others that are."""
+    found = {}
+    for key, place in beside.items():
+        configs = adapters.choice.get(place.path.removesuffix(".bias"), ())
+        if configs and configs[place.index or 0] is None and place.path in adapters.biases:
+            found[key] = place
+    return found
 
 
 def _tied_rows(adapters: Adapters, weights: Sequence[Weight]) -> set[str]:

@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 
 from jaxtune.nn.params import AdapterParam
-from jaxtune.peft import encoders
+from jaxtune.peft import encoders, prompt
 from jaxtune.peft.base import (
     PROMPT_DEFAULTS,
     PROMPT_IGNORED,
@@ -93,15 +93,7 @@ def initial(
     return encoders.initial(leaf.rsplit(".", 1)[-1], shape, rng)
 
 
-def table(model: Any) -> jax.Array:
-    """PEFT's `prompt_embeddings` [P, D]."""
-    return model.embed.prompt()
-
-
-def columns(base_params: Mapping[str, Any], num_layers: int) -> int:
-    """D."""
-    del num_layers
-    return base_params["embed.table"].shape[-1]
+table, columns = prompt.table, prompt.columns
 
 
 PEFT = Format(

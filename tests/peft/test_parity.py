@@ -14,6 +14,7 @@ from jaxtune.checkpoint.adapter import first_values, load_adapter, save_adapter
 from jaxtune.checkpoint.adapter_config import CONFIG_FILE
 from jaxtune.checkpoint.hf_save import save_model
 from jaxtune.checkpoint.source import open_checkpoint
+from jaxtune.models import gemma, qwen2
 from tests import oracle
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -36,7 +37,17 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "bias": "lora_only",
         },
     ),
-    "dora": ("LoraConfig", {"r": 3, "lora_alpha": 5, "use_dora": True, "alpha_pattern": DEEP}),
+    "dora": (
+        "LoraConfig",
+        {
+            "r": 3,
+            "lora_alpha": 5,
+            "use_dora": True,
+            "alpha_pattern": DEEP,
+            "layers_to_transform": [1],
+            "bias": "lora_only",
+        },
+    ),
     "loha": ("LoHaConfig", {"r": 3, "alpha": 5, "rank_pattern": DEEP}),
     "lokr": ("LoKrConfig", {"r": 2, "alpha": 5, "decompose_both": True, "decompose_factor": 4}),
     "vera": ("VeraConfig", {"r": 6, "projection_prng_key": 3}),
@@ -125,7 +136,7 @@ def check(
     import peft as theirs
     import transformers
 
-    hf = oracle.hf_llama(**SIZES | sizes)
+    hf = oracle.hf_model(sizes) if "model_type" in sizes else oracle.hf_llama(**SIZES | sizes)
     model = their_model(hf, name, options)
     model.save_pretrained(tmp_path / "theirs")
     tokens = oracle.random_tokens(0, 2, 9)
@@ -172,6 +183,20 @@ def test_peft_computes_the_same_outside_of_the_layers(
     method: str, name: str, options: dict, sizes: dict, tmp_path: Path
 ):
     check(method, name, options, "scan", tmp_path, **sizes)
+
+
+# Heads that are not width / number of heads, with a head that is tied; and biases in some layers.
+FAMILIES = {"gemma": gemma.TINY, "qwen2": qwen2.TINY}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "method", [m if m == "loha" else pytest.param(m, marks=pytest.mark.slow) for m in CASES]
+)
+def test_peft_computes_the_same_in_other_families(method: str, family: str, tmp_path: Path):
+    name, options = CASES[method]
+    own = {"modules_to_save": ["input_layernorm"]} if "modules_to_save" in options else {}
+    check(method, name, options | own, "scan", tmp_path, **FAMILIES[family])
 
 
 @pytest.mark.slow
