@@ -135,7 +135,7 @@ class Adapted(NamedTuple):
 
 
 def adapt(loaded: Loaded, peft_options: Peft, *, b_std: float = 0.1) -> Adapted:
-    """Puts LoRA on a model: A as the method starts it, B normal (of unchosen layers too)."""
+    """Puts LoRA on a model: A as the method starts it, B and its bias normal (of all layers)."""
     abstract = loaded.skeleton.abstract()
     adapters = peft.choose_adapters(loaded.skeleton.model(abstract), peft_options)
 
@@ -150,7 +150,7 @@ def adapt(loaded: Loaded, peft_options: Peft, *, b_std: float = 0.1) -> Adapted:
     for name in sorted(set(skeleton.variables) - set(params)):
         shape = skeleton.abstract()[name].shape
         value = peft.initial_value(name, shape, adapters, loaded.stacks, seed=0)
-        if name.endswith(".b"):
+        if name.endswith((".b", ".bias")):
             value = random.normal(0, b_std, shape).astype(np.float32)
         params[name] = jnp.asarray(value)
     learning = skeleton.select(AdapterParam)

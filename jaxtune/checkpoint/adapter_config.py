@@ -218,7 +218,12 @@ def read_adapters(
     paths = [path.rpartition(".")[0] for path in base_params if split_path(path)[1] in kernels]
     every = {path: (True,) * len(layer_names(path, tuple(stacks))) for path in paths}
     candidates = modules(weights, Adapters(name, None, every), stacks)
-    rows = _rows(folder, name, fields, weights, weight_name(tokens.HEAD) not in base_params)
+    try:
+        rows = _rows(name, fields, base_params, weights)
+    except ValueError as error:
+        raise WeightError(
+            f"{folder / CONFIG_FILE}: {error} - use the adapter's own base model"
+        ) from error
     adapted = [] if name == "tokens" else _adapted(folder, name, fields, candidates)
     widths = {m.name: base_params[weight_name(m.path)].shape[-2:] for m in adapted}
     own = method.configure(config, widths) if adapted else {}
@@ -284,9 +289,13 @@ def _adapted(
 
 
 def _rows(
-    folder: Path, name: str, fields: Mapping[str, Any], weights: Sequence[Weight], is_tied: bool
+    name: str, fields: Mapping[str, Any], base_params: Mapping[str, Any], weights: Sequence[Weight]
 ) -> Choice:
-    """The rows of the embedding and the head that PEFT trains one by one."""
+    """The rows of the embedding and the head that PEFT trains one by one.
+
+    Raises:
+        ValueError: the base has no such rows, or the indices are no numbers.
+    """
     names, by_target = _names(weights), fields.get("trainable_token_indices") or {}
     if name == "tokens":
         targets = fields.get("target_modules") or [names[EMBEDDING]]
@@ -300,13 +309,17 @@ def _rows(
         for path in (EMBEDDING, tokens.HEAD)
         if is_target(names[path], [target])
     }
+    is_tied = weight_name(tokens.HEAD) not in base_params
     # Rows of a tied head are the embedding's.
     differs = is_tied and ids.get(tokens.HEAD, ids.get(EMBEDDING)) != ids.get(EMBEDDING)
     if len(ids) < len(by_target) or differs:
-        raise WeightError(
-            f"{folder / CONFIG_FILE}: tokens train in {', '.join(by_target)}, which is not this "
-            "base's embedding or a head with rows of its own - use the adapter's own base model"
+        raise ValueError(
+            f"tokens train in {', '.join(by_target)}, which is not this base's embedding or a head "
+            "with rows of its own"
         )
+    vocab_size = base_params[weight_name(EMBEDDING)].shape[0]
+    if beyond := [i for found in ids.values() for i in found if not 0 <= i < vocab_size]:
+        raise ValueError(f"token {beyond[0]} trains, and the base has {vocab_size} tokens")
     if is_tied:
         ids.pop(tokens.HEAD, None)
     axes, alone = {EMBEDDING: 0, tokens.HEAD: 1}, name == "tokens"

@@ -159,6 +159,8 @@ def edit_weights(folder: Path, change: Callable[[dict], None]) -> None:
         ({"modules_to_save": ["lm_head"]}, "missing: base_model.model.lm_head.weight"),
         ({"lora_use_mixer": True}, "lora_use_mixer=true"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights="),
+        ({"trainable_token_indices": [3, 259]}, "token 259 trains, and the base has 259 tokens"),
+        ({"trainable_token_indices": {"norm": [3]}}, "tokens train in norm, which is not this"),
         ({"r": 8}, "wrong shape"),
         ({"r": "4"}, "not numbers"),
         ({"target_modules": ["c_attn", "q_proj"]}, r"\['c_attn'\] are not in this base"),

@@ -217,7 +217,8 @@ def test_lora_in_peft(name: str, variant: str, tmp_path: Path):
     hf, checkpoint, tokens = model_of(name, variant)
     loaded = oracle.load(checkpoint)
     targets = ("q_proj", "v_proj", "o_proj", "up_proj", "down_proj")
-    adapted = oracle.adapt(loaded, Peft(target_modules=targets, rank=3, alpha=5.0))
+    section = Peft(target_modules=targets, rank=3, alpha=5.0, lora_bias=True)
+    adapted = oracle.adapt(loaded, section)
     params = {**adapted.frozen, **adapted.trainable}
     model = adapted.skeleton.model(params)
     positions = np.broadcast_to(np.arange(24), tokens.shape)
