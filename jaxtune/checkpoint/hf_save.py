@@ -2,7 +2,7 @@
 
 import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,7 +11,7 @@ import numpy as np
 from jaxtune import process
 from jaxtune.checkpoint.adapted import changed, own, with_adapter
 from jaxtune.checkpoint.folder import replace_folder
-from jaxtune.checkpoint.hf import is_surplus, joined, places
+from jaxtune.checkpoint.hf import Place, is_surplus, joined, places
 from jaxtune.checkpoint.manifest import write_synced
 from jaxtune.checkpoint.quantized_save import quantization_config, quantized_tensors
 from jaxtune.checkpoint.rounding import Roundings
@@ -83,25 +83,8 @@ def save_model(
     }
     assert targets.keys() <= tensors.keys(), "params are not of this checkpoint"
 
-    def read(name: str) -> np.ndarray:
-        if name not in targets:
-            return _narrow(name, checkpoint.read(name), tensors[name].dtype)
-        stored = functools.cache(functools.partial(checkpoint.read, name))
-        parts, dtype = targets[name], tensors[name].dtype
-        before = [own(params, place, stored) for place in parts]
-        after = [with_adapter(params, adapters, *pair) for pair in zip(parts, before, strict=True)]
-        if all(new is old for new, old in zip(after, before, strict=True)):
-            return joined(parts, [_narrow(name, array, dtype) for array in before], stored)
-        merged, base = (
-            joined(parts, [array.astype(np.float32) for array in arrays], stored)
-            for arrays in (after, before)
-        )
-        roundings.merged(name, merged, base)
-        result = _narrow(name, merged, dtype)
-        roundings.stored(name, result)
-        return result
-
     roundings = Roundings()
+    read = _reader(params, checkpoint, adapters, targets, tensors, roundings)
     config, stored, read_stored = _config(checkpoint, dtype), tensors, read
     if quantize is not None:
         names = _matrices(weights, sum(stacks))
@@ -124,6 +107,37 @@ def save_model(
         if checkpoint.generation_config is not None:
             write_json(temporary / "generation_config.json", checkpoint.generation_config)
         write_json(temporary / "config.json", config)
+
+
+def _reader(
+    params: Mapping[str, Any],
+    checkpoint: Checkpoint,
+    adapters: Adapters | None,
+    targets: Mapping[str, Sequence[Place]],
+    tensors: Mapping[str, TensorInfo],
+    roundings: Roundings,
+) -> Callable[[str], np.ndarray]:
+    """Makes the tensors that are to be stored, in the dtypes of `tensors`, and notes roundings."""
+
+    def read(name: str) -> np.ndarray:
+        dtype = tensors[name].dtype
+        if name not in targets:
+            return _narrow(name, checkpoint.read(name), dtype)
+        stored, parts = functools.cache(functools.partial(checkpoint.read, name)), targets[name]
+        before = [own(params, place, stored) for place in parts]
+        after = [with_adapter(params, adapters, *pair) for pair in zip(parts, before, strict=True)]
+        if all(new is old for new, old in zip(after, before, strict=True)):
+            return joined(parts, [_narrow(name, array, dtype) for array in before], stored)
+        merged, base = (
+            joined(parts, [array.astype(np.float32) for array in arrays], stored)
+            for arrays in (after, before)
+        )
+        roundings.merged(name, merged, base)
+        result = _narrow(name, merged, dtype)
+        roundings.stored(name, result)
+        return result
+
+    return read
 
 
 def _matrices(weights: Sequence[Weight], num_layers: int) -> set[str]:

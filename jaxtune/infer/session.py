@@ -218,12 +218,15 @@ def load(
     loaded = data.load_tokenizer(source, template=template, enable_thinking=enable_thinking)
     mesh = make_mesh({"data": 1}, jax.devices()[:1]) if mesh is None else mesh
     base = open_base(checkpoint, dtype, mesh)
-    one = adapter is not None and not isinstance(adapter, Mapping)
-    folders = {"default": adapter} if one else adapter or {}
+    folders: Mapping[str, str | Path] = {}
+    chosen = None
+    if isinstance(adapter, str | Path):
+        folders, chosen = {"default": adapter}, "default"
+    elif adapter is not None:
+        folders = adapter
     adapters = {name: base.read(Path(folder)) for name, folder in folders.items()}
     stop = stop_ids(checkpoint, loaded)
-    session = Session(base.skeleton, base.params, loaded, stop, base, adapters)
-    return session.using("default") if one else session
+    return Session(base.skeleton, base.params, loaded, stop, base, adapters).using(chosen)
 
 
 def stop_ids(checkpoint: Checkpoint, tokenizer: Any) -> frozenset[int]:

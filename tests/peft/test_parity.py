@@ -189,7 +189,7 @@ def test_peft_computes_the_same_outside_of_the_layers(
 FAMILIES = {"gemma": gemma.TINY, "qwen2": qwen2.TINY}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["gemma", pytest.param("qwen2", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "method", [m if m == "loha" else pytest.param(m, marks=pytest.mark.slow) for m in CASES]
 )
