@@ -111,7 +111,6 @@ def test_adapters_of_peft_alone_stacked_and_weighted(tmp_path: Path) -> None:
     model.save_pretrained(base)
     jaxtune.load("tiny:llama").tokenizer.save_pretrained(base)
     first = {"r": 4, "lora_alpha": 12, "target_modules": ["q_proj", "down_proj"]}
-    first |= {"layers_to_transform": [0]}
     second = {"r": 2, "target_modules": ["q_proj", "up_proj"], "rank_pattern": {"up_proj": 3}}
     adapted = peft.get_peft_model(model, peft.LoraConfig(**first), "a").eval()
     adapted.add_adapter("b", peft.LoraConfig(**second))
