@@ -119,7 +119,7 @@ def places_beside(
         ConfigError: one of them is a part of a tensor.
     """
     adapted = {module.name for module in modules(weights, adapters, stacks)}
-    beside = {name: base_params[name] for name in adapters.saved | adapters.biases}
+    beside = {name: base_params[name] for name in sorted(adapters.saved | adapters.biases)}
     found = {}
     for name, parts in places(weights, beside, stacks).items():
         if parts[0].row.columns is not None:
