@@ -22,7 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxtune import frozen as frozen_weights
 from jaxtune import models, objectives, optim, peft, tree
-from jaxtune.checkpoint import hf
+from jaxtune.checkpoint import experts_in_peft, hf
 from jaxtune.checkpoint.adapter import Adapter, first_values, load_adapter, places_beside
 from jaxtune.checkpoint.expand import deeper
 from jaxtune.checkpoint.fused import require_supported
@@ -30,6 +30,7 @@ from jaxtune.checkpoint.merging import merged
 from jaxtune.checkpoint.tensors import Checkpoint
 from jaxtune.distributed import batch_to_device, held_rows, to_device
 from jaxtune.errors import ConfigError
+from jaxtune.log import warn
 from jaxtune.models.base import Weight
 from jaxtune.nn import quantized
 from jaxtune.nn.noise import Noise
@@ -113,35 +114,6 @@ class Run:
             return batch_to_device(array, where, count, held)
 
         return jax.tree.map(put_one, batch)
-
-    def flops_per_token(self, length: float) -> float:
-        """Model FLOPs of one training token, recomputation not counted.
-
-        Forward and the gradient of activations cost 2 FLOPs each per weight of a matrix product,
-        the latter not below the first stack that trains; the gradient of a weight costs 2 more, for
-        trained weights only. Attention over a causal row of `length` tokens sees half of it on
-        average.
-        """
-        length = min(length, self.config.train.attention_group or length)
-        c = self.model_config
-        matrices = {n: s for n, s in self.variables.items() if _is_matrix(n)}
-        weights = tree.count(matrices)
-        weights += c.vocab_size * c.hidden_size if c.tie_embeddings else 0
-        trained = tree.count({n: s for n, s in self.trainable.items() if _is_matrix(n)})
-        first = min(map(self._depth, self.trainable))
-        below = tree.count({n: s for n, s in matrices.items() if self._depth(n) < first})
-        attention = 6 * length * c.num_heads * c.head_dim * c.num_layers
-        return 4 * weights - 2 * below + 2 * trained + attention
-
-    def _depth(self, name: str) -> int:
-        """The number of a parameter's stack; -1 before the layers, their count behind them."""
-        stack, _ = hf.split_path(name)
-        outside = -1 if name.startswith(("embed.", "prefix.")) else len(self.stacks)
-        return outside if stack is None else stack
-
-
-def _is_matrix(name: str) -> bool:
-    return name.endswith(".kernel") or (".adapter." in name and not name.startswith("embed."))
 
 
 def _as_float32(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
@@ -267,6 +239,10 @@ def _adapters(
         adapters = peft.choose_adapters(base.model(shapes), config)
         if not peft.is_prompt(config.method):
             require_supported(adapters, weights)
+            if why := experts_in_peft.problem(adapters, weights, checkpoint.config["model_type"]):
+                warn(
+                    f"PEFT cannot load this adapter: {why} - jaxtune can, and merged models have it"
+                )
             places_beside(adapters, shapes, weights, stacks)  # refuses what cannot be exported
         return None, adapters
     imported = load_adapter(Path(config.adapter), shapes, weights, stacks, base=checkpoint)
@@ -284,8 +260,9 @@ def _adapters(
 
 
 def trained_axes(run: Run) -> dict[str, rules.Axes]:
-    """Logical names of the trailing axes of each trainable parameter."""
-    return {name: run.skeleton.axes(name) for name in run.trainable}
+    """Logical names of the trailing axes of each trainable parameter; experts are a stack."""
+    axes = {name: run.skeleton.axes(name) for name in run.trainable}
+    return {name: found[1:] if found[:1] == ("experts",) else found for name, found in axes.items()}
 
 
 def make_optimizer(run: Run, schedule: optax.Schedule) -> optax.GradientTransformation:

@@ -5,6 +5,7 @@ the first program that fits the devices is the one that trains.
 """
 
 import dataclasses
+import functools
 import re
 from typing import Any
 
@@ -156,11 +157,17 @@ def planned_bytes(compiled: Any) -> int:
 
 
 def training_objective(run: build.Run) -> Objective:
-    """The objective as a training step computes it, where tokens may see less of a row."""
+    """The objective as a training step computes it: tokens may see less of a row, and the
+    imbalance of experts may count.
+    """
+    minimised: Any = run.objective
+    factor = run.config.train.router_aux_loss
+    if factor:
+        minimised = functools.partial(minimised, imbalance=factor)
 
     def objective(model: Any, batch: Any) -> tuple[jax.Array, Metrics]:
         model.attention_group = run.config.train.attention_group
-        return run.objective(model, batch)
+        return minimised(model, batch)
 
     return objective
 

@@ -5,13 +5,53 @@ import time
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
+from jaxtune import tree
 from jaxtune.build import Run
+from jaxtune.checkpoint import hf
 from jaxtune.data import TokenBatch
 from jaxtune.errors import NumericsError
 from jaxtune.hardware import peak_flops
 from jaxtune.log import Log
+from jaxtune.tree import Params
 
 T = TypeVar("T")
+
+
+def flops_per_token(run: Run, length: float) -> float:
+    """Model FLOPs of one training token, recomputation not counted.
+
+    Forward and the gradient of activations cost 2 FLOPs each per weight of a matrix product, the
+    latter not below the first stack that trains; the gradient of a weight costs 2 more, for trained
+    weights only. Of a mixture only the experts that a token goes to count. Attention over a causal
+    row of `length` tokens sees half of it on average.
+    """
+    length = min(length, run.config.train.attention_group or length)
+    c = run.model_config
+
+    def depth(name: str) -> int:
+        """The number of a parameter's stack; -1 before the layers, their count behind them."""
+        stack, _ = hf.split_path(name)
+        outside = -1 if name.startswith(("embed.", "prefix.")) else len(run.stacks)
+        return outside if stack is None else stack
+
+    def used(variables: Params) -> float:
+        """Weights of matrices that a token meets."""
+        matrices = {n: s for n, s in variables.items() if _is_matrix(n)}
+        experts = tree.count({n: s for n, s in matrices.items() if ".experts." in n})
+        idle = experts * (1 - c.moe.top_k / c.num_experts) if experts else 0
+        return tree.count(matrices) - idle
+
+    weights = used(run.variables) + (c.vocab_size * c.hidden_size if c.tie_embeddings else 0)
+    first = min(map(depth, run.trainable))
+    below = used({n: s for n, s in run.variables.items() if depth(n) < first})
+    attention = 6 * length * c.num_heads * c.head_dim * c.num_layers
+    return 4 * weights - 2 * below + 2 * used(run.trainable) + attention
+
+
+def _is_matrix(name: str) -> bool:
+    if ".adapter." in name:
+        return not name.startswith("embed.")
+    return name.endswith((".kernel", ".router.weight"))
 
 
 class Meter:
@@ -31,7 +71,7 @@ class Meter:
         self._log, self._every = log, run.config.log.every_steps
         self._max_bad_steps = run.config.train.max_bad_steps
         self._peak = None if peak is None else peak * devices.size
-        self._flops_per_token = run.flops_per_token(mean_length)
+        self._flops_per_token = flops_per_token(run, mean_length)
         self._waiting: tuple[int, dict[str, Any], int] | None = None
         self._clock, self._tokens, self._slots = time.monotonic(), 0.0, 0
         self._waited = 0.0

@@ -46,6 +46,13 @@ def resolve_policy(config: RunConfig, model_config: Any, mesh: Mesh) -> Policy:
             f"config.data.max_seq_len={length}: the model has learned {model_config.max_positions} "
             "positions - use as many or fewer"
         )
+    if config.peft.method == "prefix" and getattr(model_config, "latent", None):
+        raise ConfigError(
+            "config.peft.method=prefix: keys and values of this model come from one latent vector, "
+            "for which PEFT has no prefix - use peft.method=prompt or lora"
+        )
+    if config.train.router_aux_loss:
+        _require_balance(config, model_config, mesh)
     if config.train.attention_group:
         _require_halves(model_config, config.train.attention_group)
     for name in ("attention", "matmul", "cross_entropy"):
@@ -71,6 +78,7 @@ def resolve_policy(config: RunConfig, model_config: Any, mesh: Mesh) -> Policy:
     if config.peft.method == "full":
         chosen["param_dtype"] = "float32"
     chosen["sharding_stage"] = config.mesh.sharding_stage
+    chosen["imbalance"] = config.train.router_aux_loss > 0
     chosen["context_parallel"] = _context_parallel(config, model_config, mesh)
     return suited_policy(platform, mesh=mesh, **chosen)
 
@@ -103,6 +111,18 @@ def _segments(config: RunConfig, model_config: Any, mesh: Mesh) -> dict[str, Any
             "their kinds do not repeat - leave it at auto"
         )
     return {"layers": "unroll"}
+
+
+def _require_balance(config: RunConfig, model_config: Any, mesh: Mesh) -> None:
+    """Raises ConfigError if the layers cannot say how evenly their experts are chosen."""
+    option = f"config.train.router_aux_loss={config.train.router_aux_loss}"
+    if not getattr(model_config, "num_experts", 0):
+        raise ConfigError(f"{option}: the model has no experts - set it to 0")
+    if pipeline.num_stages(mesh) > 1 or peft.turns(config.peft, model_config.num_layers, 0):
+        raise ConfigError(
+            f"{option} sums over all layers, which a pipeline (mesh.stage) and methods that train "
+            "layers in turn do not pass on - use mesh.fsdp, another peft.method, or 0"
+        )
 
 
 def _require_halves(model_config: Any, group: int) -> None:

@@ -528,6 +528,13 @@ class Train:
         "measurements and answers see all; 0: full attention",
         low=0,
     )
+    router_aux_loss: float = _field(
+        0.0,
+        "factor of the load-balancing loss of a mixture's experts, added while training "
+        "(config.json of most says 0.001); 0: none",
+        low=0.0,
+        high=10.0,
+    )
     max_bad_steps: int = _field(
         5, "consecutive non-finite steps (each skipped) before the run stops", low=1
     )

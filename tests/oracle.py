@@ -83,7 +83,7 @@ def randomized(model: Any, seed: int = 0) -> Any:
 def checkpoint_of(model: Any) -> Checkpoint:
     """A transformers model in memory, as an opened checkpoint."""
     config = model.config.to_dict()
-    state = published_names(model.state_dict(), config)
+    state = published_names(model.state_dict(), model)
     tensors = {name: tensor.detach().numpy() for name, tensor in state.items()}
     if model.config.tie_word_embeddings:
         tensors.pop("lm_head.weight", None)
@@ -91,10 +91,14 @@ def checkpoint_of(model: Any) -> Checkpoint:
     return Checkpoint("random", Path("random"), config, None, infos, lambda name: tensors[name])
 
 
-def published_names(tensors: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
-    """A torch model's tensors by their names in files, which transformers changes for GPT-NeoX."""
-    renamed = {"lm_head.weight": "embed_out.weight"} if config["model_type"] == "gpt_neox" else {}
-    return {renamed.get(name, name): tensor for name, tensor in tensors.items()}
+def published_names(tensors: Mapping[str, Any], model: Any) -> dict[str, Any]:
+    """A torch model's tensors by their names in files: experts one by one, some names others."""
+    from transformers import PreTrainedModel
+    from transformers.core_model_loading import revert_weight_conversion
+
+    if not isinstance(model, PreTrainedModel):
+        return dict(tensors)
+    return revert_weight_conversion(model, dict(tensors))
 
 
 def load(checkpoint: Checkpoint, **policy: Any) -> Loaded:

@@ -5,6 +5,7 @@ import functools
 import itertools
 import math
 import re
+import sys
 import zlib
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import optax
 import pytest
 from safetensors.numpy import load_file
 
-from jaxtune import build
+from jaxtune import build, models
 from jaxtune.data import TokenBatch
 from jaxtune.data.batch import TokenRow
 from jaxtune.data.packing import stack_rows
@@ -69,6 +70,12 @@ QUICK = [
 @functools.cache
 def base() -> Any:
     return oracle.checkpoint_of(oracle.hf_llama(**SIZES))
+
+
+@functools.cache
+def mixture() -> Any:
+    experts = {"num_local_experts": 4, "hidden_size": 32, "num_hidden_layers": 2}
+    return oracle.checkpoint_of(oracle.hf_model(models.family("mixtral").TINY | experts))
 
 
 def batches() -> list[TokenBatch]:
@@ -186,6 +193,25 @@ def check_shares(run: build.Run, state: Any) -> None:
 @pytest.mark.parametrize("mesh", QUICK, ids=str)
 def test_meshes_train_like_one_device(mesh: dict[str, int]):
     check_shares(*check("lora", Mesh(**mesh)))
+
+
+@pytest.mark.slow  # tests/nn/test_moe.py has the layer alone
+@pytest.mark.parametrize("method", ["lora", "int8", "full"])
+def test_experts_train_on_their_axis_like_on_one_device(
+    method: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(sys.modules[__name__], "base", mixture)
+    balanced = {"router_aux_loss": 0.01}
+    _, expected, losses, _ = trained(method, Mesh(fsdp=1), balanced)
+    mesh = Mesh(fsdp=2, expert=2, tensor=2)
+    run, found, other_losses, _ = trained(method, mesh, balanced)
+    np.testing.assert_allclose(other_losses, losses, rtol=tolerances.SHARDED)
+    kernel = run.variables["layers.0.mlp.experts.gate_proj.kernel"]
+    kernel = kernel.codes if isinstance(kernel, QArray) else kernel
+    assert math.prod(kernel.sharding.shard_shape(kernel.shape)) * 8 == math.prod(kernel.shape)
+    assert any(".experts." in name for name in expected)
+    for name, array in expected.items():
+        assert difference(found[name], array) <= tolerances.SHARDED, name
 
 
 @pytest.mark.slow

@@ -5,9 +5,9 @@ import jax
 import pytest
 
 from jaxtune.errors import ConfigError
-from jaxtune.models import llama
+from jaxtune.models import deepseek_v2, llama, mixtral
 from jaxtune.policy import require_room, resolve_policy
-from jaxtune.schema import Data, Mesh, RunConfig
+from jaxtune.schema import Data, Mesh, Peft, RunConfig, Train
 from jaxtune.sharding.mesh import make_mesh
 
 MODEL = llama.Config.from_hf(llama.TINY)
@@ -39,3 +39,25 @@ def test_prompts_and_prefixes_leave_room_for_rows(virtual: int, max_tokens: int,
     model = SimpleNamespace(config=sizes, num_virtual_tokens=virtual, max_tokens=max_tokens)
     with pytest.raises(ConfigError, match=message):
         require_room(config, model)
+
+
+def test_the_balance_of_experts_needs_experts_and_layers_that_pass_it_on():
+    balanced = Train(router_aux_loss=0.01)
+    one = make_mesh({"data": 1}, jax.devices()[:1])
+    with pytest.raises(ConfigError, match="router_aux_loss=0.01: the model has no experts"):
+        resolve_policy(RunConfig(train=balanced), MODEL, one)
+    mixture = mixtral.Config.from_hf(mixtral.TINY)
+    assert resolve_policy(RunConfig(train=balanced), mixture, one).imbalance
+    for config, mesh in (
+        (RunConfig(train=balanced, mesh=Mesh(stage=3)), make_mesh({"stage": 3}, jax.devices()[:3])),
+        (RunConfig(train=balanced, peft=Peft(method="lisa")), one),
+    ):
+        with pytest.raises(ConfigError, match="sums over all layers"):
+            resolve_policy(config, mixture, mesh)
+
+
+def test_latent_attention_has_no_prefix():
+    latent = deepseek_v2.Config.from_hf(deepseek_v2.TINY)
+    one = make_mesh({"data": 1}, jax.devices()[:1])
+    with pytest.raises(ConfigError, match="method=prefix: .* one latent vector"):
+        resolve_policy(RunConfig(peft=Peft(method="prefix")), latent, one)

@@ -53,10 +53,11 @@ def changed(
         lead = () if stack is None else (stacks[stack],)
         for leaf in ("kernel", "table", "bias"):
             row = rows.get(f"{module}.{leaf}")
-            info = row and checkpoint.tensors.get(row.hf.format(sum(stacks[: stack or 0])))
+            info = row and checkpoint.tensors.get(row.names(sum(stacks[: stack or 0]))[0])
             if row and info:
                 shape = row.take(np.broadcast_to(np.uint8(0), info.shape)).shape
-                like = jax.ShapeDtypeStruct((*lead, *shape), info.dtype)
+                experts = (row.experts,) if row.experts else ()
+                like = jax.ShapeDtypeStruct((*lead, *experts, *shape), info.dtype)
                 found.setdefault(f"{path}.{leaf}", like)
     return found
 
@@ -75,7 +76,7 @@ def with_adapter(
     module, _, leaf = place.path.rpartition(".")
     if adapters is None or module not in adapters.layers:
         return array
-    config = adapters.layers[module][place.index or 0]
+    config = adapters.layers[module][place.index[0] if place.index else 0]
     if config is None:  # a layer of the stack that is not adapted
         return array
     slot = f"{module}.adapter."
@@ -87,11 +88,9 @@ def with_adapter(
     return module_of(adapters, module).merge(leaf, array.astype(np.float32), values, config)
 
 
-def _host(params: Mapping[str, Any], path: str, index: int | None) -> np.ndarray:
+def _host(params: Mapping[str, Any], path: str, index: tuple[int, ...]) -> np.ndarray:
     """One layer's array of a parameter, decoded, on the host."""
-    value = params[path]
-    if index is not None:
-        value = jax.tree.map(lambda leaf: leaf[index], value)
+    value = jax.tree.map(lambda leaf: leaf[index], params[path])
     if isinstance(value, QArray):
         value = quant.dequantize(value, jnp.float32)
     return to_host(value)

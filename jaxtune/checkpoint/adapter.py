@@ -122,7 +122,7 @@ def places_beside(
     beside = {name: base_params[name] for name in sorted(adapters.saved | adapters.biases)}
     found = {}
     for name, parts in places(weights, beside, stacks).items():
-        if parts[0].row.columns is not None:
+        if parts[0].row.columns is not None or parts[0].row.experts:
             raise ConfigError(
                 f"config.peft: {parts[0].path} is part of {name} in this family's files, so it "
                 "cannot train beside an adapter - leave it out of modules_to_save and bias"
@@ -165,14 +165,14 @@ def save_adapter(
 
     def variable(part: Module, leaf: str) -> np.ndarray:
         array = params[f"{part.path}.adapter.{leaf}"]
-        return to_host(array if part.index is None else array[part.index])
+        return to_host(array[part.index])
 
     def read(key: str) -> np.ndarray:
         if key in fixed:
             return fixed[key]
         if key in beside:
             path, index, _, row, *_ = beside[key]
-            array = to_host(params[path] if index is None else params[path][index])
+            array = to_host(params[path][index])
             return row.change.to_hf(array.astype(np.float32, copy=False))
         whole, leaf, tensor = stored[key]
         names = leaves(whole.config) if whole.columns else (leaf,)
@@ -244,7 +244,7 @@ def load_adapter(
     arrays |= {key: base.read(key.removeprefix(_PREFIX)) for key in partial}
     for key, (path, index, _, row, *_) in beside.items():
         stack = params.setdefault(path, np.zeros(base_params[path].shape, np.float32))
-        stack[... if index is None else index] = row.change.to_ours(arrays[key])
+        stack[index] = row.change.to_ours(arrays[key])
     incomplete = tuple(sorted({place.path for place in partial.values()}))
     return Adapter(adapters, params, _warnings(folder, fields, base.name), incomplete)
 
@@ -254,7 +254,11 @@ def _of_others(adapters: Adapters, beside: Mapping[str, Place]) -> dict[str, Pla
     found = {}
     for key, place in beside.items():
         configs = adapters.choice.get(place.path.removesuffix(".bias"), ())
-        if configs and configs[place.index or 0] is None and place.path in adapters.biases:
+        if (
+            configs
+            and configs[place.index[0] if place.index else 0] is None
+            and place.path in adapters.biases
+        ):
             found[key] = place
     return found
 
@@ -301,14 +305,14 @@ def _separated(
     parts = [part for whole in adapted for part in separated(whole, values[whole.name])]
     choice = {path: list(configs) for path, configs in adapters.layers.items()}
     for module, config, _ in parts:
-        choice[module.path][module.index or 0] = config
+        choice[module.path][module.position] = config
     own = {path: tuple(choice[path]) for path in adapters.choice}
     adapters = dataclasses.replace(adapters, choice=own)
     params = _empty(adapters, base_params)
     for module, _, arrays in parts:
         for leaf, array in arrays.items():
             stack = params[f"{module.path}.adapter.{leaf}"]
-            place = stack[... if module.index is None else module.index]
+            place = stack[module.index]
             place[...] = padded(array, place.shape)
     return adapters, params
 

@@ -34,33 +34,48 @@ class Module(NamedTuple):
     """One layer that is adapted, or may be."""
 
     path: str  # of the stack's Linear among our parameters
-    index: int | None  # position in the stack
+    index: tuple[int, ...]  # (position in the stack), (position, expert); () outside the layers
     layer: int | None  # number of the layer in the model
     name: str  # in the transformers model
     config: Any  # knobs of its adapter; None: not adapted
 
+    def is_target(self, targets: Any) -> bool:
+        """Whether target_modules name the layer; an expert's number may be left out."""
+        names = [self.name]
+        if len(self.index) > 1:
+            *mixture, _, last = self.name.split(".")
+            names.append(".".join((*mixture, last)))
+        return any(is_target(name, targets) for name in names)
+
+    @property
+    def position(self) -> int:
+        """Which entry of the path's `Choice` has the knobs."""
+        return self.index[0] if self.index else 0
+
 
 def modules(weights: Sequence[Weight], adapters: Adapters, stacks: Sequence[int]) -> list[Module]:
     """The adapted layers, with their names in the transformers model."""
-    names = _names(weights)
+    rows = _matrices(weights)
     found = []
     for path, configs in adapters.layers.items():
-        _, ours = split_path(path)
+        row = rows[split_path(path)[1]]
         numbers = [number for number, _ in layer_names(path, tuple(stacks))]
-        for index, (number, config) in enumerate(zip(numbers, configs, strict=True)):
-            if config is not None:
-                place = None if number is None else index
-                found.append(Module(path, place, number, names[ours].format(number), config))
+        for position, (number, config) in enumerate(zip(numbers, configs, strict=True)):
+            for expert, name in enumerate(row.names(number) if config is not None else ()):
+                index = () if number is None else (position, expert)[: 2 if row.experts else 1]
+                module = name.removesuffix(".weight")
+                found.append(Module(path, index, number, module, config))
     return found
+
+
+def _matrices(weights: Sequence[Weight]) -> dict[str, Weight]:
+    """Rows of layers that may be adapted, by path without the stack's number."""
+    return {row.ours.rpartition(".")[0]: row for row in weights if is_matrix(row)}
 
 
 def _names(weights: Sequence[Weight]) -> dict[str, str]:
     """Path of a layer without its stack's number -> pattern of the name in transformers."""
-    return {
-        row.ours.rpartition(".")[0]: row.hf.removesuffix(".weight")
-        for row in weights
-        if is_matrix(row)
-    }
+    return {ours: row.hf.removesuffix(".weight") for ours, row in _matrices(weights).items()}
 
 
 def is_matrix(row: Weight) -> bool:
@@ -101,13 +116,14 @@ def config_fields(
 def _beside(adapters: Adapters, weights: Sequence[Weight], stacks: Sequence[int]) -> dict[str, Any]:
     """modules_to_save with whole names, which PEFT takes for ends of names, and bias."""
     fields: dict[str, Any] = {}
-    names = {row.ours: row.hf.rpartition(".")[0] for row in weights}
+    rows = {row.ours: row for row in weights}
     saved = set()
     for path in adapters.saved:
         stack, ours = split_path(path)
         first = sum(stacks[: stack or 0])
         layers = range(first, first + (1 if stack is None else stacks[stack]))
-        saved |= {names[ours].format(layer) for layer in layers}
+        tensors = (name for layer in layers for name in rows[ours].names(layer))
+        saved |= {name.rpartition(".")[0] for name in tensors}
     if saved:
         fields["modules_to_save"] = sorted(saved)
     if adapters.biases:
@@ -135,7 +151,8 @@ def _targets(
     for ours in layers:
         last = names[ours].rsplit(".", 1)[-1]
         alike = [other for other in set(names.values()) if other.rsplit(".", 1)[-1] == last]
-        short.append(last if len(alike) == 1 else names[ours].split("{}.")[1])
+        whole = names[ours].partition("{}.")[2].replace("{}.", "")
+        short.append(last if len(alike) == 1 else whole)
     return sorted(short), None if len(first) == num_layers else sorted(first)
 
 
@@ -229,15 +246,16 @@ def read_adapters(
     own = method.configure(config, widths) if adapted else {}
     choice: dict[str, list[Any]] = {m.path: [None] * len(every[m.path]) for m in adapted}
     for module in adapted:
-        choice[module.path][module.index or 0] = own[module.name]
+        choice[module.path][module.position] = own[module.name]
     found = {path: tuple(configs) for path, configs in choice.items()}
-    names = {row.ours: row.hf.rpartition(".")[0] for row in weights}
+    table = {row.ours: row for row in weights}
     saved, biases = set(), set()
     for path in base_params:
         stack, ours = split_path(path)
         first = sum(stacks[: stack or 0])
         module = path.rpartition(".")[0]
-        if any(names[ours].format(first).endswith(t) for t in fields.get("modules_to_save") or ()):
+        theirs = table[ours].names(first)[0].rpartition(".")[0]
+        if any(theirs.endswith(target) for target in fields.get("modules_to_save") or ()):
             saved.add(path)
         if ours.endswith(".bias") and _trains(fields.get("bias"), module in found):
             biases.add(path)
@@ -261,19 +279,19 @@ def _adapted(
         candidates = [module for module in candidates if module.path != EMBEDDING]
 
     def hits(module: Module) -> bool:
-        return (
-            module.layer is not None if targets == "all-linear" else is_target(module.name, targets)
-        )
+        if targets == "all-linear":
+            return module.layer is not None
+        return module.is_target(targets)
 
     adapted = [
         module
         for module in candidates
         if hits(module)
-        and not is_target(module.name, excluded)
+        and not module.is_target(excluded)
         and (layers is None or module.layer in layers)
     ]
     unused = [] if isinstance(targets, str) else targets or []
-    unused = [name for name in unused if not any(is_target(m.name, [name]) for m in candidates)]
+    unused = [name for name in unused if not any(m.is_target([name]) for m in candidates)]
     if unused or not adapted:
         known = sorted({module.name.rsplit(".", 1)[-1] for module in candidates})
         raise WeightError(
@@ -284,6 +302,10 @@ def _adapted(
         raise WeightError(
             f"{folder / CONFIG_FILE} adapts lm_head, which is multiplied inside the loss - merge "
             "the adapter with PEFT and start from the merged model"
+        )
+    if any(len(m.index) > 1 for m in adapted) and not hasattr(METHODS[name], "EXPERTS"):
+        raise WeightError(
+            f"{folder / CONFIG_FILE}: {name} cannot adapt experts - merge it with PEFT"
         )
     return adapted
 

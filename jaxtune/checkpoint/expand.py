@@ -34,8 +34,8 @@ def expanded(
     """
     prefix = next(row.hf.partition("{}")[0] for row in weights if "{}" in row.hf)
     copies = [layer for layer, (_, is_copy) in enumerate(origins) if is_copy]
-    writers = [row.hf for row in weights if row.ours.endswith(_WRITERS)]
-    zeroed = {name.format(layer) for name in writers for layer in copies}
+    writers = [row for row in weights if row.ours.endswith(_WRITERS)]
+    zeroed = {name for row in writers for layer in copies for name in row.names(layer)}
     sources: dict[str, str] = {}
     copied: set[str] = set()
     for name in checkpoint.tensors:

@@ -48,10 +48,16 @@ class Whole(NamedTuple):
 
 
 def require_supported(adapters: Adapters, weights: Sequence[Weight]) -> None:
-    """Raises ConfigError for a method whose adapters of fused layers no PEFT folder can hold."""
-    columns = {row.ours: row.columns for row in weights}
+    """Raises ConfigError for adapters of fused layers that no PEFT folder of ours can hold."""
+    rows = {row.ours: row for row in weights}
+    for path in adapters.choice:
+        if ".experts." in path and not rows[f"{split_path(path)[1]}.kernel"].experts:
+            raise ConfigError(
+                f"config.peft: {path} is one tensor of all experts in this family's files, which "
+                "no adapter of ours can name - take it out with peft.exclude_modules=.*experts.*"
+            )
     for path in adapters.choice if adapters.method != METHOD else ():
-        if columns[f"{split_path(path)[1]}.kernel"] is not None:
+        if rows[f"{split_path(path)[1]}.kernel"].columns is not None:
             raise ConfigError(
                 f"config.peft.method={adapters.method}: {path} is part of a tensor, or in another "
                 f"order, in this family's files - use {METHOD}, or other peft.target_modules"

@@ -34,10 +34,10 @@ class Place(NamedTuple):
     """Where a Hugging Face tensor, or a part of it, lives among our parameters."""
 
     path: str
-    index: int | None  # position on the leading axis of its stack; None outside the layers
+    index: tuple[int, ...]  # (position in the stack), (position, expert); () outside the layers
     layer: int | None  # number of the layer in the model
     row: Weight
-    shape: tuple[int, ...]  # of our parameter, of one layer
+    shape: tuple[int, ...]  # of our parameter there
     of: int  # so many parameters share the tensor
 
 
@@ -58,14 +58,16 @@ def places(
         stack, name = split_path(path)
         row = rows[name]
         if stack is None:
-            place = Place(path, None, None, row, leaf.shape, shared[row.hf])
+            place = Place(path, (), None, row, leaf.shape, shared[row.hf])
             found.setdefault(row.hf, []).append(place)
             continue
         first = sum(stacks[:stack])
         for index in range(stacks[stack]):
-            shape = leaf.shape[1:]
-            place = Place(path, index, first + index, row, shape, shared[row.hf])
-            found.setdefault(row.hf.format(first + index), []).append(place)
+            for expert, hf_name in enumerate(row.names(first + index)):
+                at = (index, expert) if row.experts else (index,)
+                shape = leaf.shape[len(at) :]
+                place = Place(path, at, first + index, row, shape, shared[row.hf])
+                found.setdefault(hf_name, []).append(place)
     return {name: tuple(parts) for name, parts in found.items()}
 
 
@@ -144,7 +146,7 @@ def load_weights(
             leaf = abstract[place.path]
             value, is_finite = _placed(stored, place, leaf)
             finite.append((name, is_finite))
-            if place.index is None or leaf.shape[0] == 1:
+            if _is_whole(place, leaf):
                 arrays[place.path] = value
             else:
                 stack = arrays.pop(place.path, None)
@@ -181,7 +183,13 @@ def _check_names(
 
 
 def is_surplus(checkpoint: Checkpoint, weights: Sequence[Weight], name: str) -> bool:
-    """Whether a stored tensor says nothing: an old buffer, or the copy of a tied head."""
+    """Whether a stored tensor says nothing here: an old buffer, the copy of a tied head, or a layer
+    behind the last that predicts later tokens (DeepSeek-V3).
+    """
+    layer = re.match(r"model\.layers\.(\d+)\.", name)
+    config = checkpoint.config
+    if layer and config.get("num_nextn_predict_layers"):
+        return int(layer[1]) >= config["num_hidden_layers"]
     if _HARMLESS.fullmatch(name):
         return True
     heads = {row.hf for row in weights if row.ours == "lm_head.kernel"}
@@ -202,10 +210,11 @@ def _read(checkpoint: Checkpoint, name: str) -> Any:
 def _placed(stored: Any, place: Place, leaf: Any) -> tuple[Any, jax.Array]:
     """A parameter on the devices, in the dtype or format of `leaf`, and whether it is finite.
 
-    One of a stack comes without the layer axis, but with one of a single layer has it.
+    A part of a stack comes without the axes of layers and experts.
     """
-    stacked = place.index is not None
-    part = leaf if not stacked or leaf.shape[0] == 1 else jax.tree.map(_without_layers, leaf)
+    part = leaf
+    if not _is_whole(place, leaf):
+        part = jax.tree.map(functools.partial(_within, axes=len(place.index)), leaf)
     if isinstance(stored, QArray):
         host = jax.tree.map(
             lambda array, like: to_device(np.asarray(array).reshape(like.shape), like.sharding),
@@ -223,12 +232,18 @@ def _placed(stored: Any, place: Place, leaf: Any) -> tuple[Any, jax.Array]:
     return value, _is_finite(value)
 
 
-def _without_layers(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+def _is_whole(place: Place, leaf: Any) -> bool:
+    """Whether a tensor is all of a parameter."""
+    return all(size == 1 for size in leaf.shape[: len(place.index)])
+
+
+def _within(leaf: jax.ShapeDtypeStruct, axes: int) -> jax.ShapeDtypeStruct:
+    """An array without so many leading axes."""
     sharding = leaf.sharding
     if isinstance(sharding, NamedSharding):
-        spec = PartitionSpec(*sharding.spec[1:])
+        spec = PartitionSpec(*sharding.spec[axes:])
         sharding = NamedSharding(sharding.mesh, spec, memory_kind=sharding.memory_kind)
-    return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype, sharding=sharding)
+    return jax.ShapeDtypeStruct(leaf.shape[axes:], leaf.dtype, sharding=sharding)
 
 
 def _described(leaf: Any) -> tuple:
@@ -238,22 +253,20 @@ def _described(leaf: Any) -> tuple:
 
 
 @functools.lru_cache
-def _insert(described: tuple) -> Callable[[Any, Any, int], Any]:
+def _insert(described: tuple) -> Callable[[Any, Any, tuple[int, ...]], Any]:
     structure, leaves = described
     shardings = structure.unflatten([sharding for _, _, sharding in leaves])
 
-    def insert(stack: Any, value: Any, index: int) -> Any:
-        return jax.tree.map(
-            lambda old, new: jax.lax.dynamic_update_index_in_dim(
-                old, new.astype(old.dtype), index, 0
-            ),
-            stack,
-            value,
-        )
+    def insert(stack: Any, value: Any, index: tuple[int, ...]) -> Any:
+        def put(old: jax.Array, new: jax.Array) -> jax.Array:
+            part = new.astype(old.dtype)[(None,) * len(index)]
+            return jax.lax.dynamic_update_slice(old, part, (*index, *(0,) * new.ndim))
+
+        return jax.tree.map(put, stack, value)
 
     jitted = jax.jit(insert, donate_argnums=0, out_shardings=shardings)
 
-    def insert_or_begin(stack: Any, value: Any, index: int) -> Any:
+    def insert_or_begin(stack: Any, value: Any, index: tuple[int, ...]) -> Any:
         if stack is None:
             zeros = [jnp.zeros(shape, dtype, device=where) for shape, dtype, where in leaves]
             stack = structure.unflatten(zeros)

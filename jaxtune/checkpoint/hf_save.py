@@ -143,6 +143,11 @@ def _reader(
 def _matrices(weights: Sequence[Weight], num_layers: int) -> set[str]:
     """Hugging Face names of the matrices of all layers."""
     rows = [w for w in weights if w.ours.startswith("layers.") and w.ours.endswith(".kernel")]
+    if any(row.experts for row in rows):
+        raise ConfigError(
+            "--quantize: transformers keeps experts in arrays that bitsandbytes does not quantize, "
+            "so most of the model would stay dense - export it dense"
+        )
     if any(row.change is not TRANSPOSE for row in rows):
         raise ConfigError(
             "--quantize: bitsandbytes has no form for this family's matrices, which lie the other "

@@ -23,7 +23,7 @@ import numpy as np
 from flax import nnx
 
 from jaxtune import models, tree
-from jaxtune.checkpoint import prequantized
+from jaxtune.checkpoint import mxfp4, prequantized
 from jaxtune.checkpoint.gguf import open_gguf
 from jaxtune.checkpoint.hf import places, stored_shape
 from jaxtune.checkpoint.safetensors import Location, read_folder, read_tensor, refuse_pickle
@@ -138,6 +138,8 @@ def _open_folder(folder: Path, name: str) -> Checkpoint:
         return checkpoint
     if quantization.get("quant_method") == "fp8":
         return _dequantized(checkpoint, locations, quantization)
+    if quantization.get("quant_method") == "mxfp4":
+        return mxfp4.opened(checkpoint)
     return prequantized.opened(checkpoint, quantization)
 
 

@@ -40,12 +40,21 @@ class Weight(NamedTuple):
         change: between the two layouts.
         columns: of the last axis of the tensor in our layout, those that are this parameter, in its
             order; None: all.
+        experts: in how many tensors, each of one expert, the parameter of a layer lies; their name
+            has a second `{}`. 0: in one.
     """
 
     ours: str
     hf: str
     change: Change
     columns: np.ndarray | None = None
+    experts: int = 0
+
+    def names(self, layer: int | None) -> list[str]:
+        """Hugging Face's names of the tensors that hold the parameter of a layer."""
+        if self.experts:
+            return [self.hf.format(layer, expert) for expert in range(self.experts)]
+        return [self.hf.format(layer)]
 
     def take(self, array: np.ndarray) -> np.ndarray:
         """Our parameter of one layer, from Hugging Face's tensor."""

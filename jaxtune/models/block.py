@@ -10,8 +10,11 @@ from typing import Any
 import jax
 from flax import nnx
 
-from jaxtune.nn.attention import Attention, AttentionConfig
+from jaxtune.nn.attention import Attention, AttentionConfig, Segments
+from jaxtune.nn.cache import Past
+from jaxtune.nn.latent import LatentAttention
 from jaxtune.nn.mlp import MLP, PlainMLP
+from jaxtune.nn.moe import MoE, MoEConfig
 from jaxtune.nn.norm import NORMS
 from jaxtune.nn.params import Policy
 from jaxtune.nn.rope import Rope
@@ -25,10 +28,12 @@ class LayerKind:
     Attributes:
         rope: how heads are rotated; None: not at all.
         window: how far back a token sees (see `ops.attention.Mask`); None: to the first.
+        dense: the layer has an MLP where others have a mixture of experts.
     """
 
     rope: Rope | None = None
     window: int | None = None
+    dense: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +46,7 @@ class BlockConfig(AttentionConfig):
         gated: whether the MLP has a gate.
         mlp_bias: whether its projections have biases.
         activation: name in `mlp.ACTIVATIONS`.
+        moe: a mixture of experts in place of the MLP; None: there is none.
     """
 
     intermediate_size: int
@@ -48,6 +54,12 @@ class BlockConfig(AttentionConfig):
     gated: bool = True
     mlp_bias: bool = False
     activation: str = "silu"
+    moe: MoEConfig | None = None
+
+    @property
+    def num_experts(self) -> int:
+        """Experts of a layer; 0: there are none."""
+        return self.moe.num_experts if self.moe else 0
 
 
 def _norm(name: str, config: BlockConfig, policy: Policy) -> Any:
@@ -62,6 +74,10 @@ def unchanged(x: jax.Array) -> jax.Array:
 
 
 def _mlp(config: BlockConfig, policy: Policy, rngs: nnx.Rngs) -> nnx.Module:
+    if config.moe is not None:
+        return MoE(
+            config.hidden_size, config.moe, activation=config.activation, policy=policy, rngs=rngs
+        )
     return (MLP if config.gated else PlainMLP)(
         config.hidden_size,
         config.intermediate_size,
@@ -78,20 +94,28 @@ class Block(nnx.Module):
     def __init__(self, config: BlockConfig, policy: Policy, rngs: nnx.Rngs):
         self.policy = policy
         self.attn_norm = _norm("attn_norm", config, policy)
-        self.attn = Attention(config, policy=policy, rngs=rngs)
+        attention = Attention if config.latent is None else LatentAttention
+        self.attn = attention(config, policy=policy, rngs=rngs)
         self.attn_post_norm = _norm("attn_post_norm", config, policy)
         self.mlp_norm = _norm("mlp_norm", config, policy)
         self.mlp = _mlp(config, policy, rngs)
         self.mlp_post_norm = _norm("mlp_post_norm", config, policy)
 
-    def __call__(self, x: jax.Array, *inputs: Any, **options: Any) -> tuple[jax.Array, Any]:
-        """The output and the new cache; `inputs` and `options` are those of `Attention`."""
+    def __call__(
+        self, x: jax.Array, rope: Any, segments: Segments, past: Past, **options: Any
+    ) -> tuple[jax.Array, Any]:
+        """The output and the new cache, or without one the imbalance of experts if it is wanted.
+
+        Arguments are those of `Attention`.
+        """
         mesh = self.policy.mesh
         normed = moved(self.attn_norm(x), RESIDUAL, TOKENS, mesh)
-        y, cache = self.attn(normed, *inputs, **options)
+        y, new = self.attn(normed, rope, segments, past, **options)
         x = x + self.attn_post_norm(moved(y, TOKENS, RESIDUAL, mesh))
-        y = self.mlp(moved(self.mlp_norm(x), RESIDUAL, TOKENS, mesh))
-        return x + self.mlp_post_norm(moved(y, TOKENS, RESIDUAL, mesh)), cache
+        normed = moved(self.mlp_norm(x), RESIDUAL, TOKENS, mesh)
+        if self.policy.imbalance and past.cache is None and isinstance(self.mlp, MoE):
+            new = self.mlp.imbalance(normed, segments.queries)
+        return x + self.mlp_post_norm(moved(self.mlp(normed), TOKENS, RESIDUAL, mesh)), new
 
 
 class ParallelBlock(nnx.Module):

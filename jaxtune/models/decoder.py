@@ -4,6 +4,7 @@ A switch may enter here or in `block.py` only if two families need it; otherwise
 its own block.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -90,7 +91,10 @@ class Decoder(nnx.Module):
         self.embed = embed(c.vocab_size)
         self.positions: Any = embed(c.position_rows) if c.position_rows else nnx.data(None)
         self.embed_norm: Any = nnx.data(None)  # a family may put one here
-        self.layers = make_stacks(functools.partial(block, c, policy), self.stacks, rngs)
+        firsts = (c.layer_kinds[sum(self.stacks[:i])] for i in range(len(self.stacks)))
+        configs = (dataclasses.replace(c, moe=None) if kind.dense else c for kind in firsts)
+        makers = [functools.partial(block, config, policy) for config in configs]
+        self.layers = make_stacks(makers, self.stacks, rngs)
         self.norm = NORMS[c.norm](c.hidden_size, c.norm_eps, policy=policy)
         self.lm_head: Any = nnx.data(None)
         if not c.tie_embeddings:
@@ -119,7 +123,29 @@ class Decoder(nnx.Module):
         segment_ids: jax.Array | None,
         cache: KVCache | None = None,
     ) -> tuple[jax.Array, KVCache | None]:
-        """Normalised outputs of the last layer.
+        """Normalised outputs of the last layer; see `hidden_and_new`.
+
+        Returns:
+            [B, T, D] in the compute dtype, followed by a one if the head has a bias, and the new
+            cache.
+        """
+        return self.hidden_and_new(tokens, positions, segment_ids, cache)[:2]
+
+    def hidden_and_imbalance(
+        self, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array]:
+        """`hidden`, and the mean over layers of `MoE.imbalance`, float32 [B, T]."""
+        x, _, new = self.hidden_and_new(tokens, positions, segment_ids, None)
+        return x, jnp.concatenate([found for found in new if found is not None]).mean(axis=0)
+
+    def hidden_and_new(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array,
+        segment_ids: jax.Array | None,
+        cache: KVCache | None,
+    ) -> tuple[jax.Array, KVCache | None, list[Any]]:
+        """Runs the layers.
 
         Args:
             tokens: int32 [B, T].
@@ -129,8 +155,7 @@ class Decoder(nnx.Module):
             cache: keys and values of earlier tokens; the new ones are appended.
 
         Returns:
-            [B, T, D] in the compute dtype, followed by a one if the head has a bias, and the new
-            cache.
+            What `hidden` does, and what the layers of each stack gave besides.
         """
         segments, past = Segments(segment_ids, segment_ids), [Past() for _ in self.stacks]
         slots = None
@@ -172,7 +197,7 @@ class Decoder(nnx.Module):
         x = self.norm(x)
         if self.config.head_bias:
             x = jnp.concatenate([x, jnp.ones_like(x[..., :1])], axis=-1)
-        return moved(x, OUTER_RESIDUAL, OUTER_TOKENS, self.policy.mesh), cache
+        return moved(x, OUTER_RESIDUAL, OUTER_TOKENS, self.policy.mesh), cache, new
 
     def _embedded(
         self, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array | None

@@ -26,6 +26,23 @@ Rotation = tuple[jax.Array, jax.Array]  # cosines and sines
 
 
 @dataclass(frozen=True, kw_only=True)
+class LatentConfig:
+    """Shapes of multi-head latent attention (`nn.latent`).
+
+    Attributes:
+        query_rank: width of the latent vector of queries; None: they have none.
+        rank: width of the latent vector of keys and values.
+        rope_dim: numbers of a head that are rotated; those of keys are the same for all heads.
+        value_dim: numbers of a value head.
+    """
+
+    query_rank: int | None
+    rank: int
+    rope_dim: int
+    value_dim: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class AttentionConfig:
     """Shapes and switches of attention; names follow Hugging Face where it has one.
 
@@ -37,6 +54,9 @@ class AttentionConfig:
         scale: what scores are multiplied with; None: 1 / sqrt(head_dim).
         softcap: bound of the scores (see `ops.attention.Extras`).
         alibi: a slope for each head (see `ops.attention.Extras`).
+        has_sinks: whether each head has a sink, which is learnt (see `ops.attention.Extras`).
+        latent: ranks and parts of heads, if keys and values come from one latent vector (see
+            `nn.latent`); `head_dim` is that of queries and keys.
     """
 
     hidden_size: int
@@ -51,6 +71,8 @@ class AttentionConfig:
     scale: float | None = None
     softcap: float | None = None
     alibi: tuple[float, ...] | None = None
+    has_sinks: bool = False
+    latent: LatentConfig | None = None
 
 
 class Segments(NamedTuple):
@@ -80,6 +102,10 @@ class Attention(nnx.Module):
         self.k_proj = make(c.hidden_size, keys, axes=("embed", "kv_heads"), bias=c.qkv_bias)
         self.v_proj = make(c.hidden_size, keys, axes=("embed", "kv_heads"), bias=c.qkv_bias)
         self.o_proj = make(queries, c.hidden_size, axes=("heads", "embed"), bias=c.out_bias)
+        self.sinks: Any = nnx.data(None)
+        if c.has_sinks:
+            zeros = jnp.zeros((c.num_heads,), policy.param_dtype)
+            self.sinks = nnx.Param(zeros, axes=("heads",))
         self.q_norm: Any = nnx.data(None)
         self.k_norm: Any = nnx.data(None)
         if c.qk_norm is not None:
@@ -116,26 +142,13 @@ class Attention(nnx.Module):
         q = self._heads(self.q_proj(x), self.q_norm)
         k = self._heads(self.k_proj(x), self.k_norm)
         v = self._heads(self.v_proj(x), None)
-        if past.cache is None:
-            attend = functools.partial(self._attend, segments=segments, window=window)
-            y = (jax.checkpoint(attend) if self.policy.remat == "attention" else attend)(
-                q, k, v, rope, past.prefix
-            )
-            new = None
-        else:
-            assert slots is not None
-            q, k = _rotated(q, rope), _rotated(k, rope)
-            new = (k.swapaxes(1, 2), v.swapaxes(1, 2))
-            y = ops.cached_attention(
-                q,
-                new,
-                (past.prefix, past.cache),
-                segments=segments[:2],  # pyright: ignore[reportArgumentType]
-                slots=slots,
-                window=window,
-                softmax_dtype=self.policy.softmax_dtype,
-                **self._extras(),
-            )
+        y, new = mixed(
+            *(q, k, v, rope, segments, past),
+            policy=self.policy,
+            slots=slots,
+            window=window,
+            extras=self._extras(),
+        )
         return self.o_proj(y.reshape(b, t, -1)), new
 
     def _heads(self, x: jax.Array, norm: Any) -> jax.Array:
@@ -146,39 +159,87 @@ class Attention(nnx.Module):
         wide = self.config.qk_norm == "width"
         return norm(x).reshape(shape) if wide else norm(x.reshape(shape))
 
-    def _attend(
-        self,
-        q: jax.Array,
-        k: jax.Array,
-        v: jax.Array,
-        rope: Rotation | None,
-        prefix: KeysValues | None,
-        *,
-        segments: Segments,
-        window: int | None,
-    ) -> jax.Array:
-        mask = Mask(window=window, query_segments=segments.queries, key_segments=segments.keys)
-        q, k = _rotated(q, rope), _rotated(k, rope)
-        if prefix is not None:
-            k, v, mask = _behind(prefix, k, v, mask)
-        extras = self._extras()
-        if segments.shifted is None:
-            return attend(q, k, v, mask, self.policy, **extras)
-        shifted = Mask(
-            window=window, query_segments=segments.shifted, key_segments=segments.shifted
-        )
-        halves = []
-        for i, own in enumerate((mask, shifted)):
-            if self.config.alibi is not None:
-                extras["alibi"] = jnp.split(jnp.asarray(self.config.alibi, jnp.float32), 2)[i]
-            parts = [_half(x, i) for x in (q, k, v)]
-            halves.append(attend(parts[0], parts[1], parts[2], own, self.policy, **extras))
-        return jnp.concatenate(halves, axis=2)
-
     def _extras(self) -> dict[str, Any]:
         c = self.config
         slopes = None if c.alibi is None else jnp.asarray(c.alibi, jnp.float32)
-        return {"scale": c.scale, "softcap": c.softcap, "alibi": slopes}
+        sinks = None if self.sinks is None else self.sinks.get_value().astype(jnp.float32)
+        return {"scale": c.scale, "softcap": c.softcap, "alibi": slopes, "sinks": sinks}
+
+
+def mixed(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    rope: Rotation | None,
+    segments: Segments,
+    past: Past,
+    *,
+    policy: Policy,
+    slots: jax.Array | None,
+    window: int | None,
+    extras: dict[str, Any],
+) -> tuple[jax.Array, KeysValues | None]:
+    """Attention of heads that are not rotated yet; other arguments as of `Attention`.
+
+    Args:
+        q: [B, T, N, H].
+        k, v: [B, T, K, H].
+        extras: `scale`, `softcap`, `alibi` and `sinks` of `ops.attention.Extras`.
+
+    Returns:
+        [B, T, N, H], and with a cache the new keys and values.
+    """
+    if past.cache is None:
+        attend = functools.partial(
+            _attend, segments=segments, window=window, policy=policy, extras=extras
+        )
+        wrapped = jax.checkpoint(attend) if policy.remat == "attention" else attend
+        return wrapped(q, k, v, rope, past.prefix), None
+    assert slots is not None
+    q, k = _rotated(q, rope), _rotated(k, rope)
+    new = (k.swapaxes(1, 2), v.swapaxes(1, 2))
+    y = ops.cached_attention(
+        q,
+        new,
+        (past.prefix, past.cache),
+        segments=segments[:2],  # pyright: ignore[reportArgumentType]
+        slots=slots,
+        window=window,
+        softmax_dtype=policy.softmax_dtype,
+        **extras,
+    )
+    return y, new
+
+
+def _attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    rope: Rotation | None,
+    prefix: KeysValues | None,
+    *,
+    segments: Segments,
+    window: int | None,
+    policy: Policy,
+    extras: dict[str, Any],
+) -> jax.Array:
+    mask = Mask(window=window, query_segments=segments.queries, key_segments=segments.keys)
+    q, k = _rotated(q, rope), _rotated(k, rope)
+    if prefix is not None:
+        k, v, mask = _behind(prefix, k, v, mask)
+    if segments.shifted is None:
+        return attend(q, k, v, mask, policy, **extras)
+    shifted = Mask(window=window, query_segments=segments.shifted, key_segments=segments.shifted)
+    halves = []
+    for i, own in enumerate((mask, shifted)):
+        numbers: dict[str, Any] = {
+            name: jnp.split(extras[name], 2)[i]
+            for name in ("alibi", "sinks")
+            if extras[name] is not None
+        }
+        parts = [_half(x, i) for x in (q, k, v)]
+        halves.append(attend(parts[0], parts[1], parts[2], own, policy, **extras | numbers))
+    return jnp.concatenate(halves, axis=2)
 
 
 def _half(x: jax.Array, i: int) -> jax.Array:
@@ -232,6 +293,7 @@ def attend(
     policy: Policy,
     *,
     alibi: jax.Array | None = None,
+    sinks: jax.Array | None = None,
     scale: float | None = None,
     softcap: float | None = None,
 ) -> jax.Array:
@@ -242,44 +304,47 @@ def attend(
         k, v: [B, S, K, H].
         mask: which key a query sees.
         policy: names the implementation and the mesh.
-        alibi, scale, softcap: see `ops.attention.Extras`; the slopes are of all heads.
+        alibi, sinks, scale, softcap: see `ops.attention.Extras`; slopes and sinks are of all heads.
     """
+    per_head = {"alibi": alibi, "sinks": sinks}
     extras: dict[str, Any] = {"scale": scale, "softcap": softcap}
     extras["softmax_dtype"] = policy.softmax_dtype
 
     def call(
-        q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, alibi: jax.Array | None
+        q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, per_head: dict[str, Any]
     ) -> jax.Array:
         return ops.attention(
-            q, k, v, mask=mask, implementation=policy.attention, alibi=alibi, **extras
+            q, k, v, mask=mask, implementation=policy.attention, **per_head, **extras
         )
 
     mesh = policy.mesh
     if mesh is None or mesh.size == 1:
-        return call(q, k, v, mask, alibi)
+        return call(q, k, v, mask, per_head)
     # Query heads and their key heads are cut alike, or not at all.
     cut = spec(k.shape, ("batch", "length", "key_heads", None), mesh)
     batch, length, heads, _ = cut
     if length is None and policy.attention in ("xla", "reference"):
-        return call(q, k, v, mask, alibi)
+        return call(q, k, v, mask, per_head)
 
     def ring(
-        q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, alibi: jax.Array | None
+        q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, per_head: dict[str, Any]
     ) -> jax.Array:
-        operands = make_operands(q, k, v, mask, alibi=alibi, **extras)
+        operands = make_operands(q, k, v, mask, **per_head, **extras)
         return ops.ring_attention(operands, "sequence", policy.attention)[0]
 
     def ulysses(
-        q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, alibi: jax.Array | None
+        q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, per_head: dict[str, Any]
     ) -> jax.Array:
-        if alibi is not None:  # of the heads that this device will get
+        def own(numbers: jax.Array) -> jax.Array:  # of the heads that this device will get
             shards = jax.lax.axis_size("sequence")
-            alibi = alibi.reshape(shards, -1)[jax.lax.axis_index("sequence")]
-        whole_rows = functools.partial(call, alibi=alibi)
+            return numbers.reshape(shards, -1)[jax.lax.axis_index("sequence")]
+
+        whole_rows = functools.partial(call, per_head=jax.tree.map(own, per_head))
         return ops.ulysses_attention(q, k, v, mask, "sequence", whole_rows)
 
     crossing = {"ring": ring, "ulysses": ulysses}[policy.context_parallel]
     rows = jax.tree.map(lambda _: PartitionSpec(batch, length), mask)
     function = call if length is None else crossing
-    specs = (cut, cut, cut, rows, PartitionSpec(heads))
-    return on_shards(function, mesh, specs, cut)(q, k, v, mask, alibi)
+    numbers = jax.tree.map(lambda _: PartitionSpec(heads), per_head)
+    specs = (cut, cut, cut, rows, numbers)
+    return on_shards(function, mesh, specs, cut)(q, k, v, mask, per_head)

@@ -4,7 +4,6 @@ The slot holds None or a module that is called with the input and the layer itse
 layer's whole output. Kernels are [D_in, D_out]; layers of a stack have a leading axis.
 """
 
-import dataclasses
 import functools
 from collections.abc import Iterator
 from typing import Any
@@ -16,8 +15,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, PartitionSpec
 
 from jaxtune import ops
+from jaxtune.nn.experts import ExpertLinear
 from jaxtune.nn.params import Policy
-from jaxtune.quant import QArray, decode_scale
+from jaxtune.quant import QArray, plain_scales
 from jaxtune.sharding.mesh import on_shards
 from jaxtune.sharding.rules import fetched, gathered, gathered_specs, spec
 from jaxtune.tree import path_name
@@ -141,9 +141,7 @@ def _is_mapped(weight: Any, x: jax.Array, policy: Policy) -> bool:
 def _mapped_product(
     x: jax.Array, weight: Any, *, axes: tuple[str, str], mesh: Mesh, implementation: str
 ) -> jax.Array:
-    if isinstance(weight, QArray):
-        # Nested scales are numbered over the whole weight, so they are decoded before it is cut.
-        weight = dataclasses.replace(weight, scale=decode_scale(weight.scale, weight.shape))
+    weight = plain_scales(weight)
     weight_specs = gathered_specs(weight, axes, mesh)
     rows, columns = weight_specs.codes if isinstance(weight, QArray) else weight_specs
 
@@ -164,10 +162,10 @@ def _mapped_product(
     return on_shards(multiply, mesh, in_specs, PartitionSpec(*summed, columns))(x, weight)
 
 
-def linears(model: nnx.Module) -> Iterator[tuple[str, Linear]]:
-    """The linear layers of a model with their dotted paths."""
+def linears(model: nnx.Module) -> Iterator[tuple[str, Any]]:
+    """The linear layers of a model, those of experts too, with their dotted paths."""
     for path, module in nnx.iter_graph(model):
-        if isinstance(module, Linear):
+        if isinstance(module, Linear | ExpertLinear):
             yield path_name(path), module
 
 

@@ -2,8 +2,10 @@
 
 import functools
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from jaxtune import ops
@@ -21,6 +23,31 @@ ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
+@dataclass(frozen=True)
+class Gate:
+    """act(gate) * up, with an activation of `ACTIVATIONS`."""
+
+    activation: str
+
+    def __call__(self, gate: jax.Array, up: jax.Array) -> jax.Array:
+        if self.activation == "silu":
+            return ops.swiglu(gate, up)
+        return ACTIVATIONS[self.activation](gate) * up
+
+
+@dataclass(frozen=True)
+class ClampedGate:
+    """gate sigmoid(alpha gate) (up + 1), where both are clamped before (gpt-oss)."""
+
+    alpha: float
+    limit: float
+
+    def __call__(self, gate: jax.Array, up: jax.Array) -> jax.Array:
+        gate = jnp.minimum(gate, self.limit)
+        up = jnp.clip(up, -self.limit, self.limit)
+        return gate * jax.nn.sigmoid(gate * self.alpha) * (up + 1)
+
+
 class MLP(nnx.Module):
     """down(act(gate(x)) * up(x)): [..., D] -> [..., D] through width F."""
 
@@ -35,16 +62,13 @@ class MLP(nnx.Module):
         rngs: nnx.Rngs,
     ):
         make = functools.partial(Linear, bias=bias, policy=policy, rngs=rngs)
-        self.activation = activation
+        self.gate = Gate(activation)
         self.gate_proj = make(width, hidden, axes=("embed", "mlp"))
         self.up_proj = make(width, hidden, axes=("embed", "mlp"))
         self.down_proj = make(hidden, width, axes=("mlp", "embed"))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        gate, up = self.gate_proj(x), self.up_proj(x)
-        if self.activation == "silu":
-            return self.down_proj(ops.swiglu(gate, up))
-        return self.down_proj(ACTIVATIONS[self.activation](gate) * up)
+        return self.down_proj(self.gate(self.gate_proj(x), self.up_proj(x)))
 
 
 class PlainMLP(nnx.Module):

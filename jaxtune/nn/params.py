@@ -48,6 +48,7 @@ class Policy:
         mesh: the devices, over whose axes weights are gathered and kernels mapped; None: one.
         micro_batches: parts of the rows that follow each other through the mesh's stages.
         chunks: stacks of a scanned model; every stage has a part of each.
+        imbalance: layers with experts say how unevenly tokens choose (`MoE.imbalance`).
         segments: sizes of the stacks of a scanned model, where some train and others do not; ():
             equal chunks.
     """
@@ -65,6 +66,7 @@ class Policy:
     mesh: Mesh | None = None
     micro_batches: int = 1
     chunks: int = 1
+    imbalance: bool = False
     segments: tuple[int, ...] = ()
 
 

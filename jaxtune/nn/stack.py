@@ -7,6 +7,7 @@ has the numbers.
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,18 +26,25 @@ REMAT = ("none", "attention", "dots", "offload", "full")
 
 
 def stack_sizes(num_layers: int, policy: Policy, kinds: Sequence[Any] = ()) -> tuple[int, ...]:
-    """Layers in each stack: of a scanned model its segments, or equal chunks.
+    """Layers in each stack: of a scanned model its segments, equal chunks, or as few as can be.
 
     Args:
         num_layers: of the model.
         policy: whether they are scanned, and in how many chunks.
-        kinds: of the layers; those that are left over after whole periods are a stack of their own.
+        kinds: of the layers; those that are left over after whole periods are a stack of their own,
+            and so are those whose `dense` differs.
     """
     if policy.segments and policy.layers == "scan":
         return policy.segments
     stacks = policy.chunks if policy.layers == "scan" else num_layers
-    rest = num_layers % period(kinds) if stacks == 1 else 0
-    return (num_layers - rest, rest) if rest else (num_layers // stacks,) * stacks
+    if stacks > 1 or not kinds:
+        return (num_layers // stacks,) * stacks
+    sizes = []
+    for _, group in itertools.groupby(kinds, lambda kind: kind.dense):
+        alike = list(group)
+        rest = len(alike) % period(alike)
+        sizes += [len(alike) - rest, rest] if rest else [len(alike)]
+    return tuple(sizes)
 
 
 def period(kinds: Sequence[Any]) -> int:
@@ -47,15 +55,15 @@ def period(kinds: Sequence[Any]) -> int:
 
 
 def make_stacks(
-    make_block: Callable[[nnx.Rngs], nnx.Module], sizes: Sequence[int], rngs: nnx.Rngs
+    makers: Sequence[Callable[[nnx.Rngs], nnx.Module]], sizes: Sequence[int], rngs: nnx.Rngs
 ) -> nnx.List:
-    """Builds blocks with a leading axis of `sizes[i]` layers each."""
+    """Builds a block by each maker, with a leading axis of `sizes[i]` layers."""
 
-    def make_stack(size: int) -> nnx.Module:
+    def make_stack(make_block: Callable[[nnx.Rngs], nnx.Module], size: int) -> nnx.Module:
         make = nnx.vmap(make_block, in_axes=0, out_axes=0, axis_size=size)
         return nnx.split_rngs(splits=size)(make)(rngs)
 
-    return nnx.List([make_stack(size) for size in sizes])
+    return nnx.List([make_stack(*one) for one in zip(makers, sizes, strict=True)])
 
 
 def scan_layers(

@@ -13,7 +13,12 @@ from jaxtune.sharding import rules
 
 
 def sft(
-    model: Any, batch: Any, *, loss_dtype: DTypeLike, cross_entropy: str = "chunked"
+    model: Any,
+    batch: Any,
+    *,
+    loss_dtype: DTypeLike,
+    cross_entropy: str = "chunked",
+    imbalance: float = 0.0,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Sum over target tokens of weight * -log p(token | tokens before it).
 
@@ -22,12 +27,14 @@ def sft(
         batch: TokenBatch of [B, T] arrays.
         loss_dtype: dtype of the logits.
         cross_entropy: implementation of the loss, a name of `ops.cross_entropy.IMPLEMENTATIONS`.
+        imbalance: factor of the imbalance of experts, which each target token has of its example.
 
     Returns:
         The sum, and sums to report: `weight` (of all targets) and `correct` (weight of the targets
         that have the largest logit).
     """
-    hidden, _ = model.hidden(batch.tokens, batch.positions, batch.segment_ids)
+    given = (batch.tokens, batch.positions, batch.segment_ids)
+    hidden, uneven = (model.hidden_and_imbalance if imbalance else model.hidden)(*given)
     # Output t predicts token t + 1; the last column has no target.
     targets = jnp.roll(batch.tokens, -1, axis=1)
     weights = jnp.roll(batch.weights, -1, axis=1).at[:, -1].set(0.0)
@@ -43,6 +50,8 @@ def sft(
         shardings=_shardings(hidden, weight, transposed, model.policy),
         implementation=cross_entropy,
     )
+    if imbalance:
+        loss += imbalance * (weights * uneven).sum()
     return loss, {"weight": weights.sum(), "correct": correct}
 
 

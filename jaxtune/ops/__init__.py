@@ -9,7 +9,7 @@ from jaxtune.ops.attention.cached import cached_attention
 from jaxtune.ops.attention.ring import attend as ring_attention
 from jaxtune.ops.attention.ulysses import attend as ulysses_attention
 from jaxtune.ops.cross_entropy import Logits, Penalties, cross_entropy, token_logprobs
-from jaxtune.ops.matmul import adapted_matmul, dot, matmul
+from jaxtune.ops.matmul import adapted_matmul, dot, grouped_matmul, matmul
 from jaxtune.ops.norm import layer_norm, rms_norm
 from jaxtune.ops.rotate import rotate
 from jaxtune.ops.swiglu import swiglu
@@ -22,6 +22,7 @@ __all__ = [
     "cached_attention",
     "cross_entropy",
     "dot",
+    "grouped_matmul",
     "layer_norm",
     "matmul",
     "ring_attention",

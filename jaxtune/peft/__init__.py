@@ -16,6 +16,7 @@ from flax import nnx
 
 from jaxtune import quant
 from jaxtune.errors import ConfigError
+from jaxtune.nn.experts import ExpertLinear
 from jaxtune.nn.linear import layer_names, linears
 from jaxtune.peft import (
     badam,
@@ -154,6 +155,7 @@ def choose_adapters(model: Any, section: Any) -> Adapters:
             f"config.peft.target_modules: peft.method={section.method} has no form for the "
             f"embedding - use lora, or train it whole with peft.modules_to_save={EMBEDDING}"
         )
+    _require_experts_can_be(chosen, model, section)
     variables = flatten(model)
     layers = {
         name: variables[weight_name(path)].shape[-2:]
@@ -185,6 +187,22 @@ def choose_adapters(model: Any, section: Any) -> Adapters:
     if beside.Biases in method.READS:
         biases = beside.choose_biases(names, section.bias, choice, model.stacks)
     return Adapters(section.method, config, choice, saved, biases, rows)
+
+
+def _require_experts_can_be(chosen: Mapping[str, Any], model: Any, section: Any) -> None:
+    """Raises ConfigError if experts are to be adapted in a way that they cannot."""
+    for path, linear in linears(model):
+        if path not in chosen or not isinstance(linear, ExpertLinear):
+            continue
+        problem = f"method={section.method}"
+        if hasattr(METHODS[section.method], "EXPERTS"):
+            if not section.dropout and not section.lora_bias:
+                continue
+            problem = f"dropout={section.dropout}" if section.dropout else "lora_bias"
+        raise ConfigError(
+            f"config.peft.{problem} cannot adapt experts, and {path} is among the targets - use "
+            "plain lora without dropout, or take them out with peft.exclude_modules=.*experts.*"
+        )
 
 
 def _names(path: str, flags: Sequence[bool], stacks: Any) -> list[str]:

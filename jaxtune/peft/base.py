@@ -34,6 +34,7 @@ where it needs them
 
     ON_EMBEDDING  module of what it puts on the embedding, with `attach`, `initial`, `tensors` and
                   `merge`; without it the embedding is no target
+    EXPERTS       is True if it adapts experts too: what it puts into slots has `low_rank()`
     from_kernel   a layer's kernel -> the variables named by FROM_KERNEL, at first
     fixed         the knobs of a layer -> tensors of the folder that follow from them
     SHARED        names of variables that have no layer axis (`SharedConstant`)
@@ -177,14 +178,15 @@ def shapes(
 
 
 def zeros(linear: Linear, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> AdapterParam:
-    """A float32 variable for a layer or, if its kernel is stacked, for each layer of the stack."""
+    """A float32 variable for each matrix of a layer's kernel: of a stack, and of its experts."""
     stack = linear.kernel.get_value().shape[:-2]
-    return AdapterParam(jnp.zeros((*stack, *shape)), axes=axes)
+    return AdapterParam(jnp.zeros((*stack, *shape)), axes=(*linear.axes[:-2], *axes))
 
 
 def constant(linear: Linear) -> AdapterConstant:
-    """A float32 number for each layer of a stack."""
-    return AdapterConstant(jnp.zeros(linear.kernel.get_value().shape[:-2]), axes=())
+    """A float32 number for each matrix of a layer's kernel: of a stack, and of its experts."""
+    stack = linear.kernel.get_value().shape[:-2]
+    return AdapterConstant(jnp.zeros(stack), axes=linear.axes[:-2])
 
 
 def padded(value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:

@@ -46,6 +46,7 @@ class Config:
 
 READS = (Config, Targets, Saved, Biases, tokens.Config)
 ON_EMBEDDING = embedding
+EXPERTS = True
 configure = patterns.configure
 
 
@@ -62,9 +63,12 @@ class LoRA(nnx.Module):
         self.scale = base.constant(linear)
         self.key = nnx.data(None)
 
+    def low_rank(self) -> tuple[jax.Array, jax.Array]:
+        """A [..., D_in, R] and s B [..., R, D_out]; of experts with an axis over them."""
+        return self.a.get_value(), self.b.get_value() * self.scale.get_value()[..., None, None]
+
     def __call__(self, x: jax.Array, linear: Linear) -> jax.Array:
-        a = self.a.get_value()
-        b = self.b.get_value() * self.scale.get_value()
+        a, b = self.low_rank()
         if self.key is None:
             y = linear.adapt(x, a, b)
         else:
@@ -82,7 +86,7 @@ class LoRA(nnx.Module):
 
 def pair(linear: Linear, configs: Sequence[Any]) -> tuple[AdapterParam, AdapterParam]:
     """A [D_in, R] and B [R, D_out] for a stack of layers, R the largest rank of them."""
-    in_axis, out_axis = linear.axes
+    in_axis, out_axis = linear.axes[-2:]
     sizes = base.shapes(tensors, configs, *linear.kernel.get_value().shape[-2:])
     a = base.zeros(linear, sizes["a"], (in_axis, None))
     return a, base.zeros(linear, sizes["b"], (None, out_axis))
@@ -95,12 +99,16 @@ def attach(model: nnx.Module, adapters: base.Adapters) -> None:
 
 
 def initial(leaf: str, shape: tuple[int, ...], config: Any, rng: np.random.Generator) -> np.ndarray:
-    """First value of `a` [D_in, R], `b` [R, D_out], `bias` [D_out] or `scale` [] of a layer."""
+    """First value of `a` [D_in, R], `b` [R, D_out], `bias` [D_out] or `scale` [] of a layer.
+
+    Those of experts have a leading axis over them.
+    """
     if leaf == "scale":
-        return np.asarray(config.scale, np.float32)
+        return np.full(shape, config.scale, np.float32)
     if leaf in ("b", "bias"):
         return np.zeros(shape, np.float32)
-    return base.padded(base.kaiming(rng, (shape[0], config.rank), shape[0]), shape)
+    *experts, d_in, _ = shape
+    return base.padded(base.kaiming(rng, (*experts, d_in, config.rank), d_in), shape)
 
 
 def tensors(config: Any, d_in: int, d_out: int) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from jaxtune import build, fit, hardware, optim, tree
 from jaxtune.checkpoint.source import open_description
 from jaxtune.hardware import GIB, Chip
 from jaxtune.hlo.timeline import Reading, Work
+from jaxtune.meter import flops_per_token
 from jaxtune.schema import RunConfig
 from jaxtune.sharding.mesh import make_mesh
 
@@ -187,7 +188,7 @@ def plan(cfg: RunConfig, topology: str, devices: list[Any]) -> Plan:
     }
     accumulation, rows, length = fit.abstract_batch(run).tokens.shape
     tokens = accumulation * rows * length
-    model_flops = run.flops_per_token(length) * tokens
+    model_flops = flops_per_token(run, length) * tokens
     peak = hardware.peak_flops(devices[0], "bfloat16")
     mesh = dict(run.mesh.shape)
     chip = hardware.chip(devices[0].device_kind)

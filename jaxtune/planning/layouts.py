@@ -14,13 +14,13 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jaxtune import build, fit
+from jaxtune import build, fit, meter
 from jaxtune.errors import ConfigError
 from jaxtune.hardware import Chip
 from jaxtune.nn.stack import REMAT
 from jaxtune.planning.account import described, shard_bytes
 from jaxtune.schema import RunConfig
-from jaxtune.sharding.rules import GATHERED, batch_shards
+from jaxtune.sharding.rules import GATHERED, RULES, batch_shards
 
 AXES = ("data", "fsdp", "tensor")  # what is searched; other axes stay as the config says
 # What a policy keeps of a layer, in outputs of its linear layers and attention (measured on TPU
@@ -90,7 +90,7 @@ def forecasts(cfg: RunConfig, devices: list[Any], chip: Chip) -> list[Forecast]:
     rows = batch * batch_shards(run.mesh)
     found = []
     for mesh in _meshes(shape, run.model_config):
-        shards = mesh["data"] * mesh["fsdp"]
+        shards = math.prod(mesh[axis] for axis in RULES["batch"])
         if rows % shards:  # the global batch would change
             continue
         axes, each = tuple(mesh.items()), rows // shards
@@ -113,7 +113,8 @@ def _meshes(shape: dict[str, int], model: Any) -> Iterator[dict[str, int]]:
         tensor = count // (data * fsdp)
         if data * fsdp * tensor != count:
             continue
-        if all(n % tensor == 0 for n in (model.num_kv_heads, model.intermediate_size)):
+        hidden = model.moe.expert_size if model.moe else model.intermediate_size
+        if model.num_kv_heads % tensor == 0 and hidden % tensor == 0:
             yield shape | {"data": data, "fsdp": fsdp, "tensor": tensor}
 
 
@@ -127,7 +128,8 @@ def _forecast(run: build.Run, layout: Layout, chip: Chip) -> Forecast:
     size = jnp.dtype(run.policy.compute_dtype).itemsize
     weights, trained = shard_bytes(run.frozen | run.in_turn), shard_bytes(run.trainable)
     whole = weights * gathered  # of a tensor shard
-    outputs = 2 * (c.num_heads + c.num_kv_heads) * c.head_dim + 2 * c.intermediate_size
+    hidden = c.moe.hidden_size if c.moe else c.intermediate_size
+    outputs = 2 * (c.num_heads + c.num_kv_heads) * c.head_dim + 2 * hidden
     layer = tokens * size * (outputs / tensor + 2 * c.hidden_size)
     residuals = tokens * size * c.hidden_size * layers
 
@@ -137,7 +139,7 @@ def _forecast(run: build.Run, layout: Layout, chip: Chip) -> Forecast:
     temporary = 3.5 * layer + 2 * whole / layers + head
 
     forward = 0.5 if run.adapters is not None else 1 / 3
-    share = run.flops_per_token(length) / (tensor * mesh["stage"])
+    share = meter.flops_per_token(run, length) / (tensor * mesh["stage"])
     flops = steps * tokens * share * (1 + forward * again)
     moved = steps * (3 * whole + (6 + 2 * again) * layer * layers)
     gathers = 2 * steps * whole * (gathered - 1) / gathered

@@ -20,8 +20,8 @@ from jaxtune.quant import codebook, int4, int8, nested
 from jaxtune.quant.qarray import PACK_ROWS, NestedScale, QArray, pack, unpack
 
 __all__ = [
-    "FORMATS", "NestedScale", "QArray", "decode_scale", "dequantize", "pack", "quantize",
-    "quantize_like", "take_columns", "unpack",
+    "FORMATS", "NestedScale", "QArray", "decode_scale", "dequantize", "pack", "plain_scales",
+    "quantize", "quantize_like", "take_columns", "unpack",
 ]  # fmt: skip
 
 
@@ -146,6 +146,13 @@ def decode_scale(scale: jax.Array | NestedScale, shape: Sequence[int]) -> jax.Ar
     if (*stack, columns) != (*shape[:-2], shape[-1]) or shape[-2] % groups:
         raise ValueError(f"scales {decoded.shape} do not belong to a kernel {tuple(shape)}")
     return decoded.astype(jnp.float32)
+
+
+def plain_scales(w: jax.Array | QArray) -> jax.Array | QArray:
+    """A weight that may be cut: nested scales, which are numbered over all of it, are decoded."""
+    if isinstance(w, QArray):
+        return dataclasses.replace(w, scale=decode_scale(w.scale, w.shape))
+    return w
 
 
 def _tiles(q: QArray) -> tuple[int, int, int]:

@@ -224,3 +224,28 @@ except WeightError as error:
 sys.exit("torch" in sys.modules)
 """
     assert subprocess.run([sys.executable, "-c", program], timeout=60).returncode == 0
+
+
+def test_mxfp4_experts_are_decoded_as_transformers_does(tmp_path: Path):
+    import torch
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    random = np.random.default_rng(0)
+    blocks = random.integers(0, 256, (3, 5, 2, 16)).astype(np.uint8)
+    scales = random.integers(110, 140, (3, 5, 2)).astype(np.uint8)
+    arrays = {"w_blocks": blocks, "w_scales": scales, "b": np.ones(2, np.float32)}
+    quantization = {"quant_method": "mxfp4"}
+    folder = model_folder(tmp_path / "m", arrays, quantization_config=quantization)
+    checkpoint = open_checkpoint(str(folder))
+    assert "quantization_config" not in checkpoint.config
+    assert {name: info.shape for name, info in checkpoint.tensors.items()} == {
+        "w": (3, 64, 5),
+        "b": (2,),
+    }
+    theirs = convert_moe_packed_tensors(torch.tensor(blocks), torch.tensor(scales))
+    ours = checkpoint.read("w")
+    assert ours.dtype == ml_dtypes.bfloat16
+    np.testing.assert_array_equal(ours.astype(np.float32), theirs.float().numpy())
+    folder = model_folder(tmp_path / "n", {"w_blocks": blocks}, quantization_config=quantization)
+    with pytest.raises(WeightError, match="w_blocks .* no scales that fit"):
+        open_checkpoint(str(folder))

@@ -16,7 +16,9 @@ import pytest
 from flax import nnx
 
 from jaxtune import models, tree
+from jaxtune.checkpoint import experts_in_peft
 from jaxtune.checkpoint.adapter import load_adapter, save_adapter
+from jaxtune.checkpoint.fused import require_supported
 from jaxtune.checkpoint.hf import load_weights
 from jaxtune.checkpoint.hf_save import save_model
 from jaxtune.checkpoint.safetensors import read_folder, read_tensor, write_folder
@@ -30,12 +32,14 @@ from jaxtune.models import llama_layout
 from jaxtune.models.decoder import Decoder, DecoderConfig
 from jaxtune.nn.params import Policy
 from jaxtune.objectives.sft import sft
+from jaxtune.peft import choose_adapters
 from jaxtune.policy import resolve_policy
 from jaxtune.schema import Data, Model, Peft, RunConfig
 from jaxtune.sharding import rules
 from jaxtune.sharding.mesh import make_mesh
 from tests import oracle, tolerances
 
+TARGETS = ("q_proj", "v_proj", "o_proj", "up_proj", "down_proj")
 ALIBI = {"max_position_embeddings": None, "model_max_length": 512}
 
 # Other config.json fields than TINY's, by family: the variants that are tried besides TINY.
@@ -105,6 +109,35 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "gptj": {"wide": {"rotary_dim": 16, "n_inner": 48}},
     "opt": {"unbiased": {"enable_bias": False, "activation_function": "gelu"}},
     "qwen3": {"biases": {"attention_bias": True, "tie_word_embeddings": True}},
+    "mixtral": {"window": {"sliding_window": 6, "tie_word_embeddings": True}},
+    "deepseek_v2": {
+        "lite": {"q_lora_rank": None, "topk_method": "greedy", "attention_bias": True},
+        "yarn": {
+            "rope_scaling": {
+                "type": "yarn",
+                "factor": 4.0,
+                "mscale": 0.7,
+                "mscale_all_dim": 0.8,
+                "original_max_position_embeddings": 16,
+            },
+            "first_k_dense_replace": 0,
+        },
+    },
+    "deepseek_v3": {
+        "halves": {"rope_interleave": False, "norm_topk_prob": False, "first_k_dense_replace": 2}
+    },
+    "gpt_oss": {"published-pattern": {"layer_types": None, "num_hidden_layers": 4}},
+    "qwen2_moe": {
+        "windows": {
+            "use_sliding_window": True,
+            "sliding_window": 5,
+            "max_window_layers": 3,
+            "num_hidden_layers": 4,
+            "norm_topk_prob": True,
+            "qkv_bias": False,
+        }
+    },
+    "qwen3_moe": {"biases": {"attention_bias": True, "norm_topk_prob": False}},
 }
 CASES = [(name, variant) for name in models.FAMILIES for variant in ("tiny", *VARIANTS[name])]
 
@@ -115,11 +148,11 @@ def config_of(name: str, variant: str) -> dict[str, Any]:
     return {key: value for key, value in fields.items() if value is not None}
 
 
-def cases(*quick: str) -> Any:
+def cases(*quick: str, but: tuple[str, ...] = ()) -> Any:
     """All families and variants; those whose id is not among `quick` (or "tiny") are slow."""
     marked = []
     for name, variant in CASES:
-        is_quick = variant in quick or f"{name}-{variant}" in quick
+        is_quick = variant in quick and name not in but or f"{name}-{variant}" in quick
         marks = [] if is_quick else [pytest.mark.slow]
         marked.append(pytest.param(name, variant, marks=marks, id=f"{name}-{variant}"))
     return pytest.mark.parametrize(("name", "variant"), marked)
@@ -139,7 +172,7 @@ def model_of(name: str, variant: str) -> tuple[Any, Checkpoint, np.ndarray]:
     return hf, oracle.checkpoint_of(hf), oracle.random_tokens(1, 2, 24)
 
 
-@cases("tiny")
+@cases("tiny", but=("deepseek_v2", "qwen2_moe", "qwen3_moe"))  # like others but for little
 def test_logits_and_round_trip(name: str, variant: str, tmp_path: Path):
     hf, checkpoint, tokens = model_of(name, variant)
     expected = oracle.hf_logits(hf, tokens)
@@ -179,7 +212,7 @@ def test_gradients_are_those_of_torch(name: str, variant: str):
 
     got = gradient(loaded.params)
     named = {name: p.grad for name, p in hf.named_parameters() if p.grad is not None}
-    theirs = oracle.published_names(named, checkpoint.config)
+    theirs = oracle.published_names(named, hf)
     read = dataclasses.replace(checkpoint, read=lambda tensor: theirs[tensor].numpy())
     expected = load_weights(read, loaded.weights, loaded.skeleton.abstract(), loaded.stacks)
     scale = max(float(x.abs().max()) for x in theirs.values())
@@ -212,13 +245,19 @@ def test_cached_generation(name: str, variant: str):
 
 
 @pytest.mark.filterwarnings("ignore")  # PEFT warns of Conv1D, and of heads that are tied
-@cases("gpt2-tiny")
+@cases("gpt2-tiny", "qwen3_moe-tiny")
 def test_lora_in_peft(name: str, variant: str, tmp_path: Path):
     hf, checkpoint, tokens = model_of(name, variant)
     loaded = oracle.load(checkpoint)
-    targets = ("q_proj", "v_proj", "o_proj", "up_proj", "down_proj")
-    section = Peft(target_modules=targets, rank=3, alpha=5.0, lora_bias=True)
-    adapted = oracle.adapt(loaded, section)
+    options: dict[str, Any] = {"target_modules": TARGETS, "lora_bias": True}
+    if models.family(name).Config.from_hf(checkpoint.config).num_experts:
+        # PEFT takes what has the name of an expert's layer for one.
+        beside = (".*shared_expert.*", r".*\.mlp\.\w+_proj")
+        joined = () if name in experts_in_peft.JOINED else (".*experts.*",)
+        options = {"target_modules": ("all-linear",), "exclude_modules": beside + joined}
+    adapted = oracle.adapt(loaded, Peft(rank=3, alpha=5.0, **options))
+    require_supported(adapted.adapters, loaded.weights)
+    assert experts_in_peft.problem(adapted.adapters, loaded.weights, name) is None
     params = {**adapted.frozen, **adapted.trainable}
     model = adapted.skeleton.model(params)
     positions = np.broadcast_to(np.arange(24), tokens.shape)
@@ -265,10 +304,10 @@ def test_sizes_have_the_parameters_that_they_are_named_after(name: str):
     for size in family.SIZES:
         config = family.Config.from_hf(models.sized(name, size))
         skeleton = tree.describe(lambda c=config: family.build(c, Policy(), nnx.Rngs(0)))
-        match = re.fullmatch(r"(?:\d-)?([\d.]+)([mb])(\d*)(?:-.*)?", size)
+        match = re.fullmatch(r"(?:\d-)?(?:(\d)x)?([\d.]+)([mb])(\d*)(?:-.*)?", size)
         assert match is not None, size
-        number = float(f"{match[1]}.{match[3]}" if match[3] else match[1])
-        named = number * {"m": 1e6, "b": 1e9}[match[2]]
+        number = float(f"{match[2]}.{match[4]}" if match[4] else match[2]) * int(match[1] or 1)
+        named = number * {"m": 1e6, "b": 1e9}[match[3]]
         # Names are generous: OLMo 2 1B has 1.48 billion, Gemma 2 2B has 2.6.
         assert tree.count(skeleton.abstract()) == pytest.approx(named, rel=0.5), size
 
@@ -294,6 +333,28 @@ def test_files_without_the_prefix_of_the_model(name: str, tmp_path: Path):
     write_folder(tmp_path, infos, lambda key: tiny.read(short[key]))
     (tmp_path / "config.json").write_text(json.dumps(tiny.config))
     assert open_checkpoint(str(tmp_path)).tensors == tiny.tensors
+
+
+def test_adapters_of_experts_that_peft_would_misread_are_named():
+    def adapted(name: str, **options: Any) -> tuple[Any, Any]:
+        loaded = oracle.load(open_checkpoint(f"tiny:{name}"))
+        model = loaded.skeleton.model(loaded.skeleton.abstract())
+        return choose_adapters(model, Peft(**options)), loaded.weights
+
+    def problem(name: str, **options: Any) -> str:
+        return str(experts_in_peft.problem(*adapted(name, **options), name))
+
+    assert problem("mixtral") == "None"
+    assert "wants gate_proj and up_proj" in problem("mixtral", exclude_modules=("up_proj",))
+    ranks = {"rank_pattern": ("gate_proj=2", "up_proj=2")}
+    assert "gate_proj has another" in problem("mixtral", **ranks)
+    assert "_proj for an expert" in problem("deepseek_v3")
+    assert "cannot join those of qwen2_moe's" in problem("qwen2_moe")
+    with pytest.raises(ConfigError, match="_proj is one tensor of all experts"):
+        require_supported(*adapted("gpt_oss"))
+    for options in ({"method": "dora"}, {"dropout": 0.1}):
+        with pytest.raises(ConfigError, match="cannot adapt experts, and layers.0.mlp.experts"):
+            adapted("mixtral", **options)
 
 
 def test_rows_longer_than_learned_positions_are_refused():

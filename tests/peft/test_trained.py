@@ -19,6 +19,7 @@ from jaxtune.checkpoint.source import open_checkpoint
 from jaxtune.data import TokenRow
 from jaxtune.data.packing import stack_rows
 from jaxtune.errors import ConfigError
+from jaxtune.meter import flops_per_token
 from jaxtune.models import llama
 from jaxtune.quant import QArray
 from jaxtune.schema import Checkpoint, Data, Log, Model, Optim, Peft, Quant, RunConfig, Train
@@ -96,7 +97,7 @@ def test_flops_are_counted_from_the_first_trained_layer_on():
         ({"method": "freeze", "trainable_layers": -1}, 6 * layer + 4 * (2 * layer + head)),
         ({"method": "badam", "active_layers": 1}, 6 * layer + 4 * (2 * layer + head)),
     ):
-        assert describe(**options).flops_per_token(0) == expected, options
+        assert flops_per_token(describe(**options), 0) == expected, options
 
 
 def test_bitfit_trains_the_biases():

@@ -9,8 +9,9 @@ import pytest
 from jaxtune import hardware
 from jaxtune.errors import ConfigError, DoesNotFitError
 from jaxtune.hardware import Chip
+from jaxtune.meter import flops_per_token
 from jaxtune.planning import layouts, search
-from jaxtune.planning.account import Plan
+from jaxtune.planning.account import Plan, described
 from jaxtune.schema import Data, Mesh, Model, RunConfig, Train
 from tests.planning.plans import made_up
 
@@ -39,6 +40,27 @@ def test_layouts_keep_the_devices_and_the_global_batch():
     named = RunConfig(**(vars(CONFIG) | {"model": Model(path="tiny:llama", remat="dots")}))
     found = [one.layout for one in layouts.forecasts(named, jax.devices()[:4], CHIP)]
     assert {layout.remat for layout in found} == {"dots"}
+
+
+def test_rows_of_the_expert_axis_are_of_the_global_batch_and_idle_experts_cost_nothing():
+    changes = {"model": Model(path="tiny:mixtral"), "mesh": Mesh(data=1, fsdp=-1, expert=2)}
+    mixture = RunConfig(**(vars(CONFIG) | changes))
+    found = [one.layout for one in layouts.forecasts(mixture, jax.devices()[:4], CHIP)]
+    assert {dict(layout.mesh)["expert"] for layout in found} == {2}
+    assert {2 * global_batch(layout) for layout in found} == {4 * 2 * 3}
+    run = described(mixture, jax.devices()[:4])
+    used = dict.fromkeys(("frozen", "trainable"), 0.0)
+    for kind in used:
+        for name, leaf in getattr(run, kind).items():
+            if name.endswith((".kernel", ".router.weight", ".adapter.a", ".adapter.b")):
+                used[kind] += math.prod(leaf.shape) * (0.5 if ".experts." in name else 1)
+    scales = sum(
+        math.prod(x.shape) / (2 if ".experts." in n else 1)
+        for n, x in run.frozen.items()
+        if n.endswith(".scale") and ".adapter." in n
+    )
+    expected = 4 * (used["frozen"] + used["trainable"] + scales) + 2 * used["trainable"]
+    assert flops_per_token(run, 0) == pytest.approx(expected)
 
 
 def test_forecasts_know_what_costs():

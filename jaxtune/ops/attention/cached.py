@@ -5,12 +5,13 @@ caller appends to it once, after the last layer. Dense and float32.
 """
 
 import functools
+from typing import Unpack
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import DTypeLike
 
+from jaxtune.ops.attention import Extras
 from jaxtune.ops.attention.mask import MASKED
 
 
@@ -22,10 +23,7 @@ def cached_attention(
     segments: tuple[jax.Array, jax.Array],
     slots: jax.Array,
     window: int | None = None,
-    scale: float | None = None,
-    softcap: float | None = None,
-    alibi: jax.Array | None = None,
-    softmax_dtype: DTypeLike = jnp.float32,
+    **extras: Unpack[Extras],
 ) -> jax.Array:
     """softmax(q k^T scale) v over the cached keys and, causally, the new ones.
 
@@ -37,13 +35,15 @@ def cached_attention(
         segments: int32 ids of the new tokens [B, T] and of the cache [B, S]; a token sees keys of
             its own segment only.
         slots: int32 [B, T], where in the cache the new tokens will be.
-        window, scale, softcap, alibi: see `Mask` and `Extras`.
-        softmax_dtype: dtype in which probabilities meet the values.
+        window: see `Mask`.
+        extras: see `Extras`, of which the offset is not read.
 
     Returns:
         [B, T, N, H] in q's dtype.
     """
     prefix, cached = past
+    scale, softcap = extras.get("scale"), extras.get("softcap")
+    alibi, sinks = extras.get("alibi"), extras.get("sinks")
     b, t, n, h = q.shape
     kv, s = cached[0].shape[1:3]
     query_segments, cached_segments = segments
@@ -77,9 +77,14 @@ def cached_attention(
         everywhere = jnp.zeros((b, t, length), jnp.int32)
         groups.append(((keys, values), everywhere == 0, everywhere))
     dots = [scores(keys, sees, distance) for (keys, _), sees, distance in groups]
-    weights = jax.nn.softmax(jnp.concatenate(dots, axis=-1), axis=-1).astype(softmax_dtype)
+    if sinks is not None:
+        dots.append(jnp.broadcast_to(sinks.reshape(1, kv, -1, 1, 1), (*dots[0].shape[:-1], 1)))
+    weights = jax.nn.softmax(jnp.concatenate(dots, axis=-1), axis=-1).astype(
+        extras.get("softmax_dtype", jnp.float32)
+    )
     parts = jnp.split(weights, np.cumsum([x.shape[-1] for x in dots[:-1]]), axis=-1)
-    mixed = [mix(part, values) for part, ((_, values), *_) in zip(parts, groups, strict=True)]
+    # The sinks' part, if there is one, meets no values.
+    mixed = [mix(part, values) for part, ((_, values), *_) in zip(parts, groups, strict=False)]
     y = functools.reduce(jnp.add, mixed)  # [B, K, G T, H]
     y = y.reshape(b, kv, n // kv, t, h).transpose(0, 3, 1, 2, 4)
     return y.reshape(b, t, n, h).astype(q.dtype)

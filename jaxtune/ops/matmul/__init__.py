@@ -22,12 +22,12 @@ import jax.numpy as jnp
 from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 
 from jaxtune.ops.matmul import xla
+from jaxtune.ops.matmul.grouped import grouped_matmul
+from jaxtune.ops.matmul.primals import Weight, materialize, unwrap
 from jaxtune.ops.matmul.xla import Pair, dot, stay_transposed
 from jaxtune.quant import QArray
 
-__all__ = ["IMPLEMENTATIONS", "adapted_matmul", "dot", "matmul"]
-
-Weight = jax.Array | QArray
+__all__ = ["IMPLEMENTATIONS", "adapted_matmul", "dot", "grouped_matmul", "matmul"]
 
 # Name -> module of this folder that multiplies with a quantized weight, imported when it is used.
 IMPLEMENTATIONS = MappingProxyType({"xla": "xla", "pallas_tpu": "pallas_tpu"})
@@ -78,7 +78,7 @@ def _matmul(implementation: str, x: jax.Array, w: Weight) -> jax.Array:
 
 
 def _matmul_forward(implementation: str, x: CustomVJPPrimal, w: Any) -> tuple:
-    values, learns = _unwrap(w)
+    values, learns = unwrap(w)
     if learns and isinstance(values, QArray):
         raise NotImplementedError("a quantized weight has no gradient")
     saved = x.value if learns else None
@@ -87,7 +87,7 @@ def _matmul_forward(implementation: str, x: CustomVJPPrimal, w: Any) -> tuple:
 
 def _matmul_backward(implementation: str, saved: tuple, g: jax.Array | SymbolicZero) -> tuple:
     x, w = saved
-    g = _materialize(g)
+    g = materialize(g)
     dx = _transposed(implementation, g, w)
     return dx, None if x is None else _weight_gradient(x, g).astype(w.dtype)
 
@@ -114,7 +114,7 @@ def _adapted_product(
 def _adapted_forward(
     implementation: str, x: CustomVJPPrimal, w: Any, a: CustomVJPPrimal, b: CustomVJPPrimal
 ) -> tuple:
-    values, learns = _unwrap(w)
+    values, learns = unwrap(w)
     if learns:
         raise NotImplementedError("the base weight of an adapted product has no gradient")
     operands = (x.value, values, a.value, b.value)
@@ -124,7 +124,7 @@ def _adapted_forward(
 
 def _adapted_backward(implementation: str, saved: tuple, g: jax.Array | SymbolicZero) -> tuple:
     x, w, a_master, b_master, xa = saved
-    g = _materialize(g)
+    g = materialize(g)
     a, b = a_master.astype(x.dtype), b_master.astype(x.dtype)
     gb = _thin(b, g)
     if _merges(implementation, x, w):
@@ -178,17 +178,6 @@ def _merges(implementation: str, x: jax.Array, w: Weight) -> bool:
     return is_xla and x.dtype == jnp.float32 and rows * (d + f) > d * f
 
 
-def _unwrap(w: Any) -> tuple[Weight, bool]:
-    """The weight behind its primals, and whether a gradient of any part of it is asked for."""
-    leaves, structure = jax.tree.flatten(w, is_leaf=lambda x: isinstance(x, CustomVJPPrimal))
-    values = jax.tree.unflatten(structure, [leaf.value for leaf in leaves])
-    return values, any(leaf.perturbed for leaf in leaves)
-
-
 def _weight_gradient(x: jax.Array, g: jax.Array) -> jax.Array:
     x, g = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
     return jnp.einsum("md,mf->df", x, g, preferred_element_type=jnp.float32)
-
-
-def _materialize(g: jax.Array | SymbolicZero) -> jax.Array:
-    return jnp.zeros(g.aval.shape, g.aval.dtype) if isinstance(g, SymbolicZero) else g  # pyright: ignore[reportAttributeAccessIssue]
