@@ -8,9 +8,7 @@ adapter methods a config of their own.
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import jax
@@ -21,21 +19,22 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxtune import frozen as frozen_weights
-from jaxtune import models, objectives, optim, peft, tree
+from jaxtune import models, objectives, optim, peft, residual, tree
 from jaxtune.checkpoint import experts_in_peft, hf
 from jaxtune.checkpoint.adapter import Adapter, first_values, load_adapter, places_beside
 from jaxtune.checkpoint.expand import deeper
 from jaxtune.checkpoint.fused import require_supported
 from jaxtune.checkpoint.merging import merged
 from jaxtune.checkpoint.tensors import Checkpoint
-from jaxtune.distributed import batch_to_device, held_rows, to_device
+from jaxtune.distributed import to_device
 from jaxtune.errors import ConfigError
 from jaxtune.log import warn
 from jaxtune.models.base import Weight
 from jaxtune.nn import quantized
 from jaxtune.nn.noise import Noise
-from jaxtune.nn.params import AdapterConstant, AdapterParam, Policy
+from jaxtune.nn.params import AdapterConstant, AdapterParam
 from jaxtune.nn.stack import stack_sizes
+from jaxtune.peft import adalora
 from jaxtune.policy import (
     loss_implementation,
     require_equal_chunks,
@@ -43,77 +42,12 @@ from jaxtune.policy import (
     resolve_policy,
 )
 from jaxtune.quant import QArray
+from jaxtune.run import Run
 from jaxtune.schema import Peft, RunConfig
 from jaxtune.sharding import rules
 from jaxtune.sharding.mesh import HOST, require_host_memory
-from jaxtune.step import Objective, TrainState
+from jaxtune.step import TrainState
 from jaxtune.tree import Params, Skeleton
-
-
-@dataclass(frozen=True)
-class Run:
-    """Everything about a run's arrays except their values.
-
-    Attributes:
-        config: the resolved config.
-        mesh: devices.
-        checkpoint: the opened source of base weights.
-        family: the model family's module.
-        model_config: the family's config.
-        policy: how the model is computed.
-        skeleton: the model without arrays.
-        stacks: sizes of the model's stacks of layers.
-        trainable, frozen: ShapeDtypeStructs with shardings, by name.
-        in_turn: likewise, whole stacks of layers that train in turn; `trainable` has as many of
-            their layers as train at a time.
-        turns: how they take turns.
-        adapters: what is attached to the model, if anything is.
-        imported: the adapter from which training continues, if any.
-        objective: what is minimised.
-    """
-
-    config: RunConfig
-    mesh: Mesh
-    checkpoint: Checkpoint
-    family: ModuleType
-    model_config: Any
-    policy: Policy
-    skeleton: Skeleton
-    stacks: tuple[int, ...]
-    trainable: Params
-    frozen: Params
-    in_turn: Params
-    turns: peft.Turns | None
-    adapters: peft.Adapters | None
-    imported: Adapter | None
-    objective: Objective
-
-    @property
-    def variables(self) -> Params:
-        """ShapeDtypeStructs of all variables of the model, by name."""
-        return self.frozen | self.trainable | self.in_turn
-
-    def held_rows(self, rows: int) -> tuple[int, ...]:
-        """Which rows of a batch of so many this process's devices hold."""
-        return held_rows(rules.sharding((rows,), ("batch",), self.mesh), rows)
-
-    def put(self, batch: Any, rows: int | None = None) -> Any:
-        """A host batch of [A, B, T] or [B, T] arrays on the devices, its rows over the shards.
-
-        Args:
-            batch: the rows that `held_rows` names.
-            rows: B in all processes; None: `batch` has them all.
-        """
-        count: int = jax.tree.leaves(batch)[0].shape[-2] if rows is None else rows
-        held = self.held_rows(count)
-
-        def put_one(array: np.ndarray) -> jax.Array:
-            shape = (*array.shape[:-2], count, array.shape[-1])
-            axes = (None, "batch", "length")[-array.ndim :]
-            where = rules.sharding(shape, axes, self.mesh, "batch")
-            return batch_to_device(array, where, count, held)
-
-        return jax.tree.map(put_one, batch)
 
 
 def _as_float32(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
@@ -206,6 +140,7 @@ def _describe(config: RunConfig, mesh: Mesh, checkpoint: Checkpoint) -> Run:
         stacks=stacks,
         trainable=trainable,
         frozen=frozen,
+        taken=residual.taken_pairs(config.peft, adapters, trainable | frozen, checkpoint),
         in_turn={name: shapes[name] for name in layers},
         turns=turns,
         adapters=adapters,
@@ -265,12 +200,51 @@ def trained_axes(run: Run) -> dict[str, rules.Axes]:
     return {name: found[1:] if found[:1] == ("experts",) else found for name, found in axes.items()}
 
 
-def make_optimizer(run: Run, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """The optimizer of what the run trains."""
-    every = run.turns.steps if run.turns else 1
+def make_optimizer(
+    run: Run, schedule: optax.Schedule, num_steps: int | None = None
+) -> optax.GradientTransformation:
+    """The optimizer of what the run trains.
+
+    Args:
+        run: the description.
+        schedule: learning rate by step.
+        num_steps: of the run; None: only the state's shapes are asked for.
+
+    Raises:
+        ConfigError: the run is too short for its budget of ranks.
+    """
     return optim.make_optimizer(
-        run.config.optim, schedule, trained_axes(run), restarted=run.in_turn.keys(), every=every
+        run.config.optim,
+        schedule,
+        trained_axes(run),
+        restarted=run.in_turn.keys(),
+        every=run.turns.steps if run.turns else 1,
+        allocation=_allocation(run, num_steps),
     )
+
+
+def _allocation(run: Run, num_steps: int | None) -> optim.Allocation | None:
+    """How a new AdaLoRA loses ranks; a continued one keeps those that it has."""
+    adapters = run.adapters
+    if adapters is None or run.imported or adapters.method != "adalora":
+        return None
+    c = adapters.config
+    fixed = c.budget_start_steps + c.budget_final_steps
+    if num_steps is not None and fixed >= num_steps:
+        raise ConfigError(
+            f"config.peft: budget_start_steps + budget_final_steps = {fixed} leave none of "
+            f"{num_steps} steps in which ranks are given up - lower them, or train longer"
+        )
+    adapted = sum(config is not None for stack in adapters.choice.values() for config in stack)
+    budget, decides = optim.cubic(
+        adapted * c.rank,
+        adapted * c.target_rank,
+        begin=c.budget_start_steps,
+        end=(num_steps or fixed + 1) - c.budget_final_steps,
+        every=c.budget_every_steps,
+    )
+    triplets = adalora.triplets(adapters)
+    return optim.Allocation(triplets, budget, decides, c.importance_b1, c.importance_b2)
 
 
 def abstract_state(run: Run, tx: optax.GradientTransformation) -> TrainState:
@@ -294,7 +268,7 @@ def abstract_state(run: Run, tx: optax.GradientTransformation) -> TrainState:
 
     opt_state = jax.tree_util.tree_map_with_path(place, jax.eval_shape(tx.init, run.trainable))
     scalar: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
-    return TrainState(scalar, scalar, run.trainable, opt_state, run.in_turn)
+    return TrainState(scalar, scalar, run.trainable, opt_state, run.in_turn, run.taken)
 
 
 def gradient_shardings(run: Run) -> dict[str, NamedSharding] | None:
@@ -322,12 +296,22 @@ def quantized_kernels(run: Run) -> set[str]:
     return {name for name, leaf in run.frozen.items() if isinstance(leaf, QArray)}
 
 
-def fill_base(run: Run, progress: Callable[[int, int], None]) -> Params:
-    """Streams the base weights from the checkpoint into arrays of the described shardings."""
+def fill_base(
+    run: Run, progress: Callable[[int, int], None], taken: Params | None = None
+) -> Params:
+    """Streams the base weights from the checkpoint into arrays of the described shardings.
+
+    Args:
+        run: the description.
+        progress: called with (tensors loaded, tensors in all).
+        taken: of a run that goes on, `TrainState.taken`; None: of one whose adapters start as
+            parts of the base, their first values come with it.
+    """
     variables = adapter_variables(run.skeleton)
     wanted = run.variables
     base = {name: leaf for name, leaf in wanted.items() if name not in variables}
-    return hf.load_weights(
+    read = functools.partial(
+        hf.load_weights,
         run.checkpoint,
         run.family.weights(run.model_config),
         base,
@@ -335,6 +319,9 @@ def fill_base(run: Run, progress: Callable[[int, int], None]) -> Params:
         allow_nan=run.config.model.allow_nan,
         progress=progress,
     )
+    if peft.start(run.config.peft) is None:
+        return read()
+    return residual.load(run, lambda keep: read(keep=keep), taken)
 
 
 def fill_adapter(run: Run, base: Params) -> Params:
@@ -343,12 +330,13 @@ def fill_adapter(run: Run, base: Params) -> Params:
 
     Args:
         run: the description.
-        base: the base's parameters, from which some of the first values follow.
+        base: the base's parameters, from which some of the first values follow, and those that
+            came with it.
     """
     if run.adapters is None:
         return {}
     wanted = run.variables
-    names = adapter_variables(run.skeleton)
+    names = adapter_variables(run.skeleton) - base.keys()
     if run.imported is not None:
         names |= run.imported.params.keys()
     return first_values(
@@ -368,8 +356,8 @@ def initial_state(run: Run, tx: optax.GradientTransformation, values: Params) ->
     for name in run.in_turn:  # the first step fetches them
         leaf = run.trainable[name]
         trainable[name] = jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding)
-    in_turn = {name: values[name] for name in run.in_turn}
+    in_turn, taken = ({name: values[name] for name in part} for part in (run.in_turn, run.taken))
     init = jax.jit(tx.init, out_shardings=shardings(abstract.opt_state))
     zero = np.zeros((), np.int32)
     step, bad_steps = (to_device(zero, abstract.step.sharding) for _ in range(2))
-    return TrainState(step, bad_steps, trainable, init(trainable), in_turn)
+    return TrainState(step, bad_steps, trainable, init(trainable), in_turn, taken)

@@ -112,6 +112,45 @@ def _bad_peft(c: RunConfig) -> list[str]:
         problems.append("config.peft.method=tokens trains nothing - name peft.trainable_tokens")
     if not c.peft.target_modules:
         problems.append("config.peft.target_modules is empty - e.g. all-linear")
+    return problems + _starts(c) + _ranks(c)
+
+
+def _ranks(c: RunConfig) -> list[str]:
+    """What does not go with ranks that layers give up."""
+    problems = []
+    if c.peft.method != "adalora" or c.peft.adapter is not None:
+        return problems
+    if c.peft.target_rank > c.peft.rank:
+        problems.append(
+            f"config.peft.target_rank={c.peft.target_rank} must not be above rank={c.peft.rank}, "
+            "from which adalora begins"
+        )
+    if c.optim.offload or c.optim.name not in ("adamw", "adafactor", "lion"):
+        problems.append(
+            f"config.optim: peft.method=adalora compares all layers after a step, and "
+            f"optim.name={c.optim.name}, offload={c.optim.offload} takes it layer by layer - use "
+            "adamw, adafactor or lion without offload"
+        )
+    return problems
+
+
+def _starts(c: RunConfig) -> list[str]:
+    """What does not go with adapters that start as a part of the base."""
+    problems, init = [], c.peft.init
+    if init == "random":
+        return problems
+    if not c.peft.alpha:
+        problems.append(f"config.peft.alpha=0: peft.init={init} divides by the adapter's scale")
+    if init == "loftq" and not c.quant.format:
+        problems.append(
+            "config.peft.init=loftq starts from what quantizing loses - set quant.format, or use "
+            "peft.init=pissa"
+        )
+    if init == "loftq" and c.checkpoint.merge_base == "original":
+        problems.append(
+            "config.checkpoint.merge_base=original: peft.init=loftq makes up for what quantizing "
+            "lost, which the base's files still have - use dequantized"
+        )
     return problems
 
 
@@ -285,6 +324,8 @@ def _unread(c: RunConfig) -> list[str]:
             ("encoder_hidden_size",),
             "needs prefix_projection=true",
         ),
+        (c.peft.init != "pissa", "peft", ("pissa_iterations",), "needs peft.init=pissa"),
+        (c.peft.init != "loftq", "peft", ("loftq_iterations",), "needs peft.init=loftq"),
         (formats <= {"int8"}, "quant", ("block_size",), "no format of quant.format has blocks"),
         (not formats & {"nf4", "fp4"}, "quant", ("double_quant",), "only nf4 and fp4 have it"),
         (c.data.packing, "data", ("pad_to",), "data.packing fills rows of max_seq_len"),

@@ -21,14 +21,15 @@ from jaxtune.checkpoint.quantized_save import FORMATS
 from jaxtune.checkpoint.safetensors import shard_bytes
 from jaxtune.checkpoint.source import open_checkpoint
 from jaxtune.checkpoint.store import Store
+from jaxtune.conflicts import contradictions
 from jaxtune.errors import ConfigError, WeightError, run_command
-from jaxtune.exports import write_adapter, write_merged
+from jaxtune.exports import write_adapter, write_base, write_merged
 from jaxtune.log import every_few_seconds, info
 from jaxtune.schema import RunConfig
 from jaxtune.sharding.mesh import make_mesh
 from jaxtune.tree import Params
 
-TARGETS = ("adapter", "merged", "both")
+TARGETS = ("adapter", "merged", "both", "base")
 BASES = ("dequantized", "original")
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -49,7 +50,8 @@ def export(
     Args:
         run_folder: train.output_dir of the run.
         out: a new folder, or an earlier export, which is replaced.
-        to: "adapter" (PEFT), "merged" (whole model), or "both" (out/adapter and out/merged).
+        to: "adapter" (PEFT), "merged" (whole model), "both" (out/adapter and out/merged), or "base"
+            (the quantized base, decoded).
         step: of the checkpoint; None: the newest good one.
         dtype: of a merged model; None: that of the base's files.
         quantize: nf4, fp4 or int8, in which bitsandbytes loads a merged model; None: dense.
@@ -60,44 +62,49 @@ def export(
         The folders written, by what they are.
 
     Raises:
-        ConfigError: not a run's folder, no adapter to export, or no size of shards.
+        ConfigError: not a run's folder, no adapter or quantized base to export, or no size of
+            shards.
         WeightError: no usable checkpoint, or the base model is gone or differs.
         StorageError: `out` cannot be written.
     """
     size = shard_bytes(max_shard_gb)
     cfg = _read_config(run_folder)
-    if not peft.is_adapter(cfg.peft.method) and to != "merged":
+    if not peft.is_adapter(cfg.peft.method) and to in ("adapter", "both"):
         raise ConfigError(
             f"{run_folder} has no adapter: peft.method={cfg.peft.method} - use --to=merged"
         )
     for option, value in (("quantize", quantize), ("merge_base", merge_base)):
-        if value is not None and to == "adapter":
+        if value is not None and to in ("adapter", "base"):
             raise ConfigError(f"--{option}={value} is for merged models - use --to=merged")
     if merge_base is not None:
         checkpoint = dataclasses.replace(cfg.checkpoint, merge_base=merge_base)
         cfg = dataclasses.replace(cfg, checkpoint=checkpoint)
+        if problems := contradictions(cfg):
+            raise ConfigError(f"--merge_base={merge_base}: {problems[0]}")
     run, params = _restore(cfg, run_folder / "checkpoints", step)
-    paths = {}
-    if to in ("adapter", "both"):
-        paths["adapter"] = out / "adapter" if to == "both" else out
+    names = ("adapter", "merged") if to == "both" else (to,)
+    paths = {name: out / name if to == "both" else out for name in names}
+    is_quantized = bool(build.quantized_kernels(run))
+    if to == "base" and not is_quantized:
+        raise ConfigError(
+            f"--to=base: {run_folder} trains on {run.checkpoint.name} as it is - use it"
+        )
+    if "adapter" in paths:
         write_adapter(run, params, paths["adapter"])
-    if to in ("merged", "both"):
-        paths["merged"] = out / "merged" if to == "both" else out
-        source = cfg.model.tokenizer or run.checkpoint.tokenizer_source
-        tokenizer = data.load_tokenizer(
-            source, template=cfg.data.template, enable_thinking=cfg.data.enable_thinking
-        )
-        if build.quantized_kernels(run) and cfg.checkpoint.merge_base == "dequantized":
-            params = build.fill_base(run, every_few_seconds("loading weights")) | params
-        write_merged(
-            run,
-            params,
-            tokenizer,
-            paths["merged"],
-            dtype=dtype,
-            quantize=quantize,
-            max_shard_bytes=size,
-        )
+    if to == "adapter":
+        return paths
+    source = cfg.model.tokenizer or run.checkpoint.tokenizer_source
+    tokenizer = data.load_tokenizer(
+        source, template=cfg.data.template, enable_thinking=cfg.data.enable_thinking
+    )
+    if is_quantized and (to == "base" or cfg.checkpoint.merge_base == "dequantized"):
+        taken = {name: params[name] for name in run.taken}
+        params = build.fill_base(run, every_few_seconds("loading weights"), taken) | params
+    sizes: dict[str, Any] = {"dtype": dtype, "max_shard_bytes": size}
+    if to == "base":
+        write_base(run, params, tokenizer, out, **sizes)
+    else:
+        write_merged(run, params, tokenizer, paths["merged"], quantize=quantize, **sizes)
     return paths
 
 
@@ -112,7 +119,7 @@ def _read_config(run_folder: Path) -> RunConfig:
 
 
 def _restore(cfg: RunConfig, folder: Path, step: int | None) -> tuple[build.Run, Params]:
-    """The run's description on this machine's devices, and what it trained."""
+    """The run's description on this machine's devices, what it trained and took from the base."""
     store = Store(folder, verify=cfg.checkpoint.verify)
     try:
         if not store.steps():
@@ -143,7 +150,7 @@ def _restore_as(cfg: RunConfig, store: Store, step: int | None) -> tuple[build.R
     assert restored is not None  # there are steps, and damaged ones raise
     found, state, _ = restored
     info(f"exporting step {found} of {store.folder.parent}")
-    return run, state.learnt
+    return run, state.learnt | state.taken
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:

@@ -6,13 +6,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxtune import peft
+from jaxtune import peft, residual
 from jaxtune.build import Run, adapter_variables, quantized_kernels
 from jaxtune.checkpoint.adapted import require_mergeable
 from jaxtune.checkpoint.adapter import save_adapter
 from jaxtune.checkpoint.adapter_prompt import save_prompt
 from jaxtune.checkpoint.hf_save import save_model
 from jaxtune.distributed import to_host
+from jaxtune.peft import adalora
 from jaxtune.tree import Params
 
 
@@ -23,10 +24,14 @@ def write_adapter(run: Run, params: Params, folder: Path) -> None:
         base, revision = run.checkpoint.name, run.config.model.revision
         save_prompt(folder, _table(run, params), run.adapters, base=base, revision=revision)
         return
+    adapters, params = residual.on_original(run, params)
+    if adapters.method == "adalora":
+        own = {name: to_host(params[name]) for name in sorted(run.trainable)}
+        adapters, params = adalora.trimmed(adapters, params | own)
     save_adapter(
         folder,
         params,
-        run.adapters,
+        adapters,
         run.skeleton.abstract(),
         run.family.weights(run.model_config),
         run.stacks,
@@ -62,22 +67,46 @@ def write_merged(
     Frozen base weights are copied from the base's files: those in memory may be rounded. Quantized
     ones are those in memory unless `checkpoint.merge_base` says original.
     """
-    if run.adapters is not None:
-        require_mergeable(run.adapters, run.variables)
-    learnt = set(run.trainable)
+    decoded: set[str] = set()
     if run.config.checkpoint.merge_base == "dequantized":
-        learnt |= quantized_kernels(run)
+        decoded = quantized_kernels(run)
+    adapters = run.adapters
+    if adapters is not None:
+        require_mergeable(adapters, run.variables)
+        adapters, params = residual.on_original(run, params, decoded)
     save_model(
         folder,
         # All processes gather them together, so in one order: a set has another in each.
-        {name: params[name] for name in sorted(learnt)},
+        {name: params[name] for name in sorted(decoded | run.trainable.keys())},
         run.checkpoint,
         run.family.weights(run.model_config),
         run.stacks,
-        adapters=run.adapters,
+        adapters=adapters,
         tokenizer=tokenizer,
         dtype=dtype,
         quantize=quantize,
+        max_shard_bytes=max_shard_bytes,
+    )
+
+
+def write_base(
+    run: Run,
+    params: Params,
+    tokenizer: Any,
+    folder: Path,
+    *,
+    dtype: str | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+) -> None:
+    """Writes the base as it was trained on: its quantized matrices decoded, without adapters."""
+    save_model(
+        folder,
+        {name: params[name] for name in sorted(quantized_kernels(run))},
+        run.checkpoint,
+        run.family.weights(run.model_config),
+        run.stacks,
+        tokenizer=tokenizer,
+        dtype=dtype,
         max_shard_bytes=max_shard_bytes,
     )
 
@@ -88,6 +117,9 @@ def write_results(run: Run, params: Params, tokenizer: Any, folder: Path) -> dic
     if run.adapters is not None and asked.export_adapter:
         paths["adapter"] = folder / "adapter"
         write_adapter(run, params, paths["adapter"])
+        if residual.has_own_base(run):
+            paths["base"] = folder / "base"
+            write_base(run, params, tokenizer, paths["base"])
     if run.adapters is None or asked.export_merged:
         paths["merged"] = folder / "merged"
         write_merged(run, params, tokenizer, paths["merged"])

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxtune import build, hardware, optim
+from jaxtune import build, hardware, optim, peft
 from jaxtune.data import TokenBatch
 from jaxtune.distributed import smallest
 from jaxtune.errors import DoesNotFitError
@@ -158,16 +158,20 @@ def planned_bytes(compiled: Any) -> int:
 
 def training_objective(run: build.Run) -> Objective:
     """The objective as a training step computes it: tokens may see less of a row, and the
-    imbalance of experts may count.
+    imbalance of experts or a method's penalty may count.
+
+    A penalty is of the mean loss, so it counts with the weight of every micro-batch.
     """
     minimised: Any = run.objective
     factor = run.config.train.router_aux_loss
     if factor:
         minimised = functools.partial(minimised, imbalance=factor)
+    penalty = peft.penalty(run.adapters)
 
     def objective(model: Any, batch: Any) -> tuple[jax.Array, Metrics]:
         model.attention_group = run.config.train.attention_group
-        return minimised(model, batch)
+        loss, sums = minimised(model, batch)
+        return loss if penalty is None else loss + penalty(model) * sums["weight"], sums
 
     return objective
 

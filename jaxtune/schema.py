@@ -132,14 +132,14 @@ class Peft:
     method: str = _field(
         "lora",
         "lora: low-rank adapters; dora: with trained norms; moslora: with a mixer; mora: square "
-        "matrices; loha, lokr: products of small matrices; vera: vectors around random matrices; "
-        "ia3: factors of activations; oft: rotations; prefix: keys and values before those of "
-        "every layer; prompt: virtual tokens before every example; p_tuning: those of a network; "
-        "tokens: single rows of the embedding; "
-        "full: every parameter; freeze: the last or first layers; bitfit: the biases; llama_pro: "
-        "new layers between the old ones; lisa, badam: a few layers at a time",
+        "matrices; loha, lokr: products of small matrices; adalora: ranks where they matter; vera: "
+        "vectors around random matrices; ia3: factors of activations; oft: rotations; prefix: keys "
+        "and values before those of every layer; prompt: virtual tokens before every example; "
+        "p_tuning: those of a network; tokens: single rows of the embedding; full: every "
+        "parameter; freeze: the last or first layers; bitfit: the biases; llama_pro: new layers "
+        "between the old ones; lisa, badam: a few layers at a time",
         choices=(
-            *("lora", "dora", "moslora", "mora", "loha", "lokr", "vera", "ia3", "oft"),
+            *("lora", "dora", "moslora", "mora", "loha", "lokr", "adalora", "vera", "ia3", "oft"),
             *("prefix", "prompt", "p_tuning", "tokens"),
             *("full", "freeze", "bitfit", "llama_pro", "lisa", "badam"),
         ),
@@ -152,6 +152,20 @@ class Peft:
         "expression for the name or its end, and the first that matches counts",
     )
     alpha_pattern: tuple[str, ...] = _field((), "alphas of single layers, likewise")
+    init: str = _field(
+        "random",
+        "how A and B start (lora): random, with B zero; pissa: as the largest singular triplets of "
+        "the weight, of which the base keeps the rest; loftq: as those of what quantizing it loses",
+        choices=("random", "pissa", "loftq"),
+    )
+    pissa_iterations: int = _field(
+        0,
+        "power iterations of a randomized SVD, much faster than an exact one (pissa); 0: exact",
+        low=0,
+    )
+    loftq_iterations: int = _field(
+        1, "times that the weight less the adapter is quantized anew (loftq)", low=1
+    )
     rslora: bool = _field(False, "scale by alpha / sqrt(rank) instead (rsLoRA)")
     dropout: float = _field(0.0, "dropout on the adapter's input", low=0.0, high=0.99)
     lora_bias: bool = _field(False, "a bias beside B, which is scaled too (lora)")
@@ -170,6 +184,19 @@ class Peft:
     decompose_both: bool = _field(False, "both factors of low rank where that is smaller (lokr)")
     decompose_factor: int = _field(
         -1, "size of the small Kronecker factor; -1: near the square root (lokr)", low=-1
+    )
+    target_rank: int = _field(8, "mean rank of the layers in the end (adalora)", low=1)
+    budget_start_steps: int = _field(0, "steps before ranks are given up (adalora)", low=0)
+    budget_final_steps: int = _field(0, "last steps, in which ranks stay (adalora)", low=0)
+    budget_every_steps: int = _field(1, "steps between decisions on ranks (adalora)", low=1)
+    importance_b1: float = _field(
+        0.85, "decay of the mean of a parameter's importance (adalora)", low=0.0, high=0.9999
+    )
+    importance_b2: float = _field(
+        0.85, "decay of the mean of its uncertainty (adalora)", low=0.0, high=0.9999
+    )
+    orthogonal_weight: float = _field(
+        0.5, "weight in the loss of what keeps singular vectors orthogonal (adalora)", low=0.0
     )
     mora_type: str = _field(
         "rotation",

@@ -37,6 +37,7 @@ class TrainState:
         opt_state: the optimizer's state.
         in_turn: whole stacks of layers that train in turn, in the dtype of frozen weights;
             `trainable` has the float32 rows of those whose turn it is.
+        taken: pairs whose products the base has lost to the adapters (`residual`); constant.
     """
 
     step: jax.Array
@@ -44,6 +45,7 @@ class TrainState:
     trainable: Params
     opt_state: Any
     in_turn: Params = field(default_factory=dict)
+    taken: Params = field(default_factory=dict)
 
     @property
     def learnt(self) -> Params:
@@ -126,7 +128,8 @@ def make_train_step(
         in_turn = _put_back(state.in_turn, trainable, active)
         bad_steps = jnp.where(good, 0, state.bad_steps + 1)
         metrics |= {"bad_steps": bad_steps, "skipped": ~good}
-        return TrainState(state.step + 1, bad_steps, trainable, opt_state, in_turn), metrics
+        new = TrainState(state.step + 1, bad_steps, trainable, opt_state, in_turn, state.taken)
+        return new, metrics
 
     return train_step
 

@@ -90,7 +90,7 @@ def _train(cfg: RunConfig, folder: Path, stop: StopSignal, watchdog: Watchdog) -
         store = _store(cfg, folder)
         cleanup.callback(store.close)
         schedule = optim.make_schedule(cfg.optim, num_steps)
-        tx = build.make_optimizer(run, schedule)
+        tx = build.make_optimizer(run, schedule, num_steps)
         run, train_step = fitted_step(run, tx, schedule)
         state, frozen, start, position = _fill(run, tx, store, tokenizer)
         # Not before: a refused run must not replace the config of the run that is there.
@@ -140,7 +140,7 @@ def _train(cfg: RunConfig, folder: Path, stop: StopSignal, watchdog: Watchdog) -
             held_out.measure(start, state.learnt)
         paths = {"metrics": log.path, "checkpoints": store.folder, **log.plot()}
         paths |= held_out.answer(num_steps, state.learnt)
-        paths |= write_results(run, {**frozen, **state.learnt}, tokenizer, folder)
+        paths |= write_results(run, frozen | state.learnt | state.taken, tokenizer, folder)
         metrics = {**meter.last, **held_out.last, "failed_saves": float(store.failed_saves)}
     return Result(num_steps, metrics, paths)
 
@@ -213,7 +213,8 @@ def _fill(
         restored = store.restore(wanted, build.abstract_state(run, tx))
     values: Params = {}
     if restored is None or run.frozen:
-        values = build.fill_base(run, every_few_seconds("loading weights"))
+        taken = restored[1].taken if restored else None
+        values = build.fill_base(run, every_few_seconds("loading weights"), taken)
         values |= build.fill_adapter(run, values)
     frozen = {name: values[name] for name in run.frozen}
     if restored is None:

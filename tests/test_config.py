@@ -142,6 +142,16 @@ def test_wrong_overrides(tmp_path: Path, option: str, message: str):
         (["optim.projection_rank=4"], "only galore and apollo project gradients"),
         (["peft.method=full", "optim.loraplus_ratio=16"], "has no A and B"),
         (["optim.learning_rate=0", "optim.embedding_learning_rate=1e-4"], "set both"),
+        (["peft.method=adalora", "peft.rank=4"], "target_rank=8 must not be above rank=4"),
+        (["peft.method=adalora", "optim.name=muon"], "compares all layers after a step"),
+        (["peft.init=pissa", "peft.alpha=0"], "peft.init=pissa divides by the adapter's scale"),
+        (["peft.init=loftq"], "peft.init=loftq starts from what quantizing loses - set quant.f"),
+        (["peft.init=pissa", "peft.loftq_iterations=2"], "loftq_iterations=2 would be ignored"),
+        (["peft.pissa_iterations=2"], "would be ignored: needs peft.init=pissa"),
+        (
+            ["peft.init=loftq", "quant.format=nf4", "checkpoint.merge_base=original"],
+            "makes up for what quantizing lost",
+        ),
         (["optim.name=muon", "optim.b2=0.9"], "b2=0.9 would be ignored: muon keeps no second"),
     ],
 )

@@ -103,6 +103,7 @@ def test_every_adapter_method_has_a_row():
         "combine",
         "embedding",
         "patterns",
+        "split",
         "targets",
     }
     assert set(peft.METHODS) == files == choices("peft", "method")

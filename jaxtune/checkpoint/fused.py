@@ -9,7 +9,6 @@ block zero. The other way round every part has the A of the whole and its column
 is of that form only its own block.
 """
 
-import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -20,7 +19,7 @@ from jaxtune.checkpoint.hf import split_path
 from jaxtune.errors import ConfigError
 from jaxtune.models.base import Weight
 from jaxtune.peft import Adapters
-from jaxtune.peft.lora import Config
+from jaxtune.peft.lora import Config, with_rank
 
 METHOD = "lora"
 Arrays = Mapping[str, np.ndarray]
@@ -84,14 +83,7 @@ def with_room(whole: Whole) -> Whole:
     if not whole.columns:
         return whole
     rank = max(part.config.rank for part in whole.parts if part is not None)
-    return whole._replace(config=_with_rank(whole.config, len(whole.parts) * rank))
-
-
-def _with_rank(config: Config, rank: int) -> Config:
-    """Another rank with the same scale."""
-    growth = rank / config.rank
-    alpha = config.alpha * (growth**0.5 if config.rslora else growth)
-    return dataclasses.replace(config, rank=rank, alpha=alpha)
+    return whole._replace(config=with_rank(whole.config, len(whole.parts) * rank))
 
 
 def leaves(config: Config) -> tuple[str, ...]:
@@ -136,6 +128,6 @@ def separated(whole: Whole, arrays: Arrays) -> Iterator[tuple[Module, Any, Array
     for i, (module, columns) in enumerate(zip(whole.parts, whole.columns, strict=True)):
         assert module is not None
         rows = slice(i * own, (i + 1) * own) if is_joined else slice(None)
-        config = _with_rank(whole.config, own) if is_joined else whole.config
+        config = with_rank(whole.config, own) if is_joined else whole.config
         bias = {"bias": arrays["bias"][columns]} if whole.config.lora_bias else {}
         yield module, config, {"a": a[:, rows], "b": b[rows, columns], **bias}

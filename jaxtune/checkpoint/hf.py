@@ -115,6 +115,7 @@ def load_weights(
     *,
     allow_nan: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    keep: Callable[[Place, np.ndarray], np.ndarray] = lambda place, array: array,
 ) -> dict[str, Any]:
     """Fills base parameters from a checkpoint.
 
@@ -127,6 +128,8 @@ def load_weights(
         stacks: number of layers in each stack.
         allow_nan: accept NaN and infinity.
         progress: called with (tensors loaded, tensors in all) after each.
+        keep: what is kept of a dense parameter of one layer, on the host, before it is rounded or
+            quantized.
 
     Returns:
         Our path -> array with the dtype and sharding asked for.
@@ -144,7 +147,7 @@ def load_weights(
         stored = _read(checkpoint, name)
         for place in targets[name]:
             leaf = abstract[place.path]
-            value, is_finite = _placed(stored, place, leaf)
+            value, is_finite = _placed(stored, place, leaf, keep)
             finite.append((name, is_finite))
             if _is_whole(place, leaf):
                 arrays[place.path] = value
@@ -207,7 +210,7 @@ def _read(checkpoint: Checkpoint, name: str) -> Any:
     return array.astype(np.float32) if array.dtype == np.float64 else array
 
 
-def _placed(stored: Any, place: Place, leaf: Any) -> tuple[Any, jax.Array]:
+def _placed(stored: Any, place: Place, leaf: Any, keep: Any) -> tuple[Any, jax.Array]:
     """A parameter on the devices, in the dtype or format of `leaf`, and whether it is finite.
 
     A part of a stack comes without the axes of layers and experts.
@@ -222,7 +225,7 @@ def _placed(stored: Any, place: Place, leaf: Any) -> tuple[Any, jax.Array]:
             part,
         )
         return host, jnp.isfinite(quant.decode_scale(host.scale, host.shape)).all()
-    array = place.row.take(stored)
+    array = keep(place, place.row.take(stored))
     if isinstance(leaf, QArray):
         dense = to_device(array.reshape(part.shape), part.codes.sharding)
         return _quantize(_described(part))(dense), _is_finite(dense)

@@ -22,6 +22,7 @@ import optax
 
 from jaxtune.optim.adafactor import scale_by_adafactor
 from jaxtune.optim.adamw8bit import scale_by_adam8bit
+from jaxtune.optim.allocation import Allocation, allocate, cubic
 from jaxtune.optim.apply import Apply, apply_by_layer, apply_whole
 from jaxtune.optim.groups import rate_factors
 from jaxtune.optim.low_rank import scale_by_apollo, scale_by_galore
@@ -32,9 +33,11 @@ from jaxtune.schema import Optim
 
 __all__ = [
     "OPTIMIZERS",
+    "Allocation",
     "Apply",
     "Axes",
     "apply_whole",
+    "cubic",
     "make_apply",
     "make_optimizer",
     "make_schedule",
@@ -128,6 +131,7 @@ def make_optimizer(
     *,
     restarted: Collection[str] = (),
     every: int = 1,
+    allocation: Allocation | None = None,
 ) -> optax.GradientTransformation:
     """Clipping by global norm, then a row of `OPTIMIZERS` with decoupled weight decay.
 
@@ -140,6 +144,7 @@ def make_optimizer(
         axes: of each parameter, by name.
         restarted: parameters whose direction begins anew, because they are those of other layers.
         every: steps after which that happens.
+        allocation: parameters of which the least important are zeroed.
     """
     direction = OPTIMIZERS[config.name](config, axes)
     if restarted:
@@ -157,6 +162,8 @@ def make_optimizer(
     if factors:
         parts.append(optax.stateless(lambda updates, _: _scaled(updates, factors)))
     step = optax.chain(*parts)
+    if allocation is not None:
+        step = allocate(step, allocation)
     if not config.max_grad_norm:
         return step
     return optax.chain(_clip(config.max_grad_norm), step)

@@ -4,8 +4,9 @@
 """
 
 import dataclasses
+import functools
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -19,6 +20,7 @@ from jaxtune.errors import ConfigError
 from jaxtune.nn.experts import ExpertLinear
 from jaxtune.nn.linear import layer_names, linears
 from jaxtune.peft import (
+    adalora,
     badam,
     beside,
     bitfit,
@@ -42,6 +44,7 @@ from jaxtune.peft import (
     vera,
 )
 from jaxtune.peft.base import EMBEDDING, Adapters, Turns, common, weight_name
+from jaxtune.peft.split import Start
 from jaxtune.peft.targets import Targets, choose
 from jaxtune.quant import QArray
 from jaxtune.tree import flatten
@@ -49,6 +52,7 @@ from jaxtune.tree import flatten
 __all__ = [
     "METHODS",
     "Adapters",
+    "Start",
     "Targets",
     "Turns",
     "attach",
@@ -62,8 +66,10 @@ __all__ = [
     "linears",
     "module_of",
     "origins",
+    "penalty",
     "segments",
     "seed",
+    "start",
     "trained",
     "turns",
     "unread",
@@ -79,6 +85,7 @@ METHODS: Mapping[str, Any] = MappingProxyType(
         "mora": mora,
         "loha": loha,
         "lokr": lokr,
+        "adalora": adalora,
         "vera": vera,
         "ia3": ia3,
         "oft": oft,
@@ -196,13 +203,24 @@ def _require_experts_can_be(chosen: Mapping[str, Any], model: Any, section: Any)
             continue
         problem = f"method={section.method}"
         if hasattr(METHODS[section.method], "EXPERTS"):
-            if not section.dropout and not section.lora_bias:
+            asked = {name: getattr(section, name) for name in ("dropout", "lora_bias", "init")}
+            plain = {"dropout": 0.0, "lora_bias": False, "init": "random"}
+            odd = [f"{name}={value}" for name, value in asked.items() if value != plain[name]]
+            if not odd:
                 continue
-            problem = f"dropout={section.dropout}" if section.dropout else "lora_bias"
+            problem = odd[0]
         raise ConfigError(
             f"config.peft.{problem} cannot adapt experts, and {path} is among the targets - use "
             "plain lora without dropout, or take them out with peft.exclude_modules=.*experts.*"
         )
+
+
+def start(section: Any) -> Start | None:
+    """How config.peft's adapters start as a part of the base; None: they start as nothing."""
+    if Start not in METHODS[section.method].READS or section.adapter is not None:
+        return None
+    chosen = _options(section, Start)
+    return None if chosen.init == "random" else chosen
 
 
 def _names(path: str, flags: Sequence[bool], stacks: Any) -> list[str]:
@@ -285,6 +303,13 @@ def attach(model: Any, adapters: Adapters) -> None:
     METHODS[adapters.method].attach(model, adapters)
     if adapters.choice:  # else rows are the method's own
         tokens.attach(model, adapters)
+
+
+def penalty(adapters: Adapters | None) -> Callable[[Any], jax.Array] | None:
+    """What is added to the mean loss of a model in training; None: nothing."""
+    if adapters is None or not hasattr(METHODS[adapters.method], "penalty"):
+        return None
+    return functools.partial(METHODS[adapters.method].penalty, config=adapters.config)
 
 
 def initial_value(

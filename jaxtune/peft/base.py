@@ -37,6 +37,7 @@ where it needs them
     EXPERTS       is True if it adapts experts too: what it puts into slots has `low_rank()`
     from_kernel   a layer's kernel -> the variables named by FROM_KERNEL, at first
     fixed         the knobs of a layer -> tensors of the folder that follow from them
+    penalty       a model -> what is added to the mean loss while training
     SHARED        names of variables that have no layer axis (`SharedConstant`)
 
 or one that puts a prompt into a slot of the whole model

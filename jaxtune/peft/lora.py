@@ -3,12 +3,14 @@
     y = x W + s (dropout(x) A) B        A [D_in, R], B [R, D_out], s = alpha / R
 
 or s = alpha / sqrt(R) with rsLoRA (arXiv 2312.03732). A starts uniform in +-1/sqrt(D_in) and B at
-zero, as in PEFT 0.21.2 (`init_lora_weights=True`), so the adapted model starts as the base. A and B
-are float32 whatever the base's dtype; they are computed in the activations' dtype. Layers of a
-stack that are not adapted have s = 0: they stay the base and their A and B get no gradient. With
-`lora_bias` B has a bias [D_out], of which s times is added; a merge adds it to the layer's own.
+zero, as in PEFT 0.21.2 (`init_lora_weights=True`), so the adapted model starts as the base; or both
+start as a part of W (`peft.split`). A and B are float32 whatever the base's dtype; they are
+computed in the activations' dtype. Layers of a stack that are not adapted have s = 0: they stay the
+base and their A and B get no gradient. With `lora_bias` B has a bias [D_out], of which s times is
+added; a merge adds it to the layer's own.
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +25,7 @@ from jaxtune.nn.params import AdapterParam
 from jaxtune.peft import base, embedding, patterns, tokens
 from jaxtune.peft.base import Format, Tensor
 from jaxtune.peft.beside import Biases, Saved
+from jaxtune.peft.split import Start
 from jaxtune.peft.targets import Targets
 
 
@@ -44,7 +47,7 @@ class Config:
         return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
 
 
-READS = (Config, Targets, Saved, Biases, tokens.Config)
+READS = (Config, Targets, Saved, Biases, Start, tokens.Config)
 ON_EMBEDDING = embedding
 EXPERTS = True
 configure = patterns.configure
@@ -90,6 +93,13 @@ def pair(linear: Linear, configs: Sequence[Any]) -> tuple[AdapterParam, AdapterP
     sizes = base.shapes(tensors, configs, *linear.kernel.get_value().shape[-2:])
     a = base.zeros(linear, sizes["a"], (in_axis, None))
     return a, base.zeros(linear, sizes["b"], (None, out_axis))
+
+
+def with_rank(config: Any, rank: int) -> Any:
+    """Another rank with the same scale."""
+    growth = rank / config.rank
+    alpha = config.alpha * (growth**0.5 if config.rslora else growth)
+    return dataclasses.replace(config, rank=rank, alpha=alpha)
 
 
 def attach(model: nnx.Module, adapters: base.Adapters) -> None:

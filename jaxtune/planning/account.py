@@ -183,7 +183,7 @@ def plan(cfg: RunConfig, topology: str, devices: list[Any]) -> Plan:
     state = build.abstract_state(run, tx)
     parts = {
         "weights": run.frozen | run.in_turn,
-        "adapters": run.trainable,
+        "adapters": run.trainable | run.taken,
         "optimizer": state.opt_state,
     }
     accumulation, rows, length = fit.abstract_batch(run).tokens.shape

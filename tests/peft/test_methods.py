@@ -26,6 +26,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "mora": {"rank": 2},
     "loha": {"rank": 2},
     "lokr": {"rank": 2, "decompose_both": True},
+    "adalora": {"rank": 4, "target_rank": 2},
     "vera": {"rank": 8},
     "ia3": {},
     "oft": {"block_size": 8},
@@ -36,6 +37,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "lora_bias": True,
         "trainable_tokens": (64, 2),
     },
+    "pissa": {"method": "lora", "rank": 4, "init": "pissa"},
     "lora, embedding": {"method": "lora", "rank": 4, "target_modules": ("embed", "down_proj")},
 }
 ADAPTERS = list(OPTIONS)
@@ -126,7 +128,11 @@ def batch() -> TokenBatch:
     return TokenBatch(tokens, positions, ones.astype(np.int32), ones.astype(np.float32))
 
 
-@pytest.mark.parametrize("method", ADAPTERS)
+@pytest.mark.parametrize(
+    "method",
+    # The start of PiSSA has tests of its own (test_split.py).
+    [pytest.param(m, marks=pytest.mark.slow if m == "pissa" else ()) for m in ADAPTERS],
+)
 def test_a_new_adapter_is_the_base_and_all_of_it_can_learn(base: Checkpoint, method: str):
     targeted = peft.Targets in peft.METHODS[OPTIONS[method].get("method", method)].READS
     some = {"target_modules": ("v_proj", "down_proj")} if targeted else {}
@@ -163,7 +169,7 @@ def after_a_step(run: build.Run) -> tuple[dict[str, np.ndarray], float]:
     frozen = {name: values[name] for name in run.frozen}
     before = {name: [np.array(x) for x in jax.tree.leaves(v)] for name, v in frozen.items()}
     # A step takes over the memory of what it trains.
-    trained = {name: jnp.array(values[name]) for name in run.trainable}
+    trained = {name: jnp.array(values[name]) for name in run.trainable | run.taken}
     state, metrics = step(build.initial_state(run, tx, trained), frozen, run.put(batch()))
     for name, leaves in before.items():
         for x, y in zip(leaves, jax.tree.leaves(frozen[name]), strict=True):

@@ -50,6 +50,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "loha": ("LoHaConfig", {"r": 3, "alpha": 5, "rank_pattern": DEEP}),
     "lokr": ("LoKrConfig", {"r": 2, "alpha": 5, "decompose_both": True, "decompose_factor": 4}),
+    "adalora": ("AdaLoraConfig", {"init_r": 3, "target_r": 2, "lora_alpha": 5, "total_step": 9}),
     "vera": ("VeraConfig", {"r": 6, "projection_prng_key": 3}),
     "ia3": ("IA3Config", {"feedforward_modules": ["down_proj"]}),
     "oft": ("OFTConfig", {"oft_block_size": 8, "r": 0, "num_cayley_neumann_terms": 6}),
