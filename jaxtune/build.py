@@ -19,11 +19,12 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxtune import frozen as frozen_weights
-from jaxtune import models, objectives, optim, peft, residual, tree
+from jaxtune import models, optim, peft, residual, tree
 from jaxtune.checkpoint import experts_in_peft, hf
 from jaxtune.checkpoint.adapter import Adapter, first_values, load_adapter, places_beside
 from jaxtune.checkpoint.expand import deeper
 from jaxtune.checkpoint.fused import require_supported
+from jaxtune.checkpoint.label_head import with_head
 from jaxtune.checkpoint.merging import merged
 from jaxtune.checkpoint.tensors import Checkpoint
 from jaxtune.distributed import to_device
@@ -32,13 +33,13 @@ from jaxtune.log import warn
 from jaxtune.models.base import Weight
 from jaxtune.nn import quantized
 from jaxtune.nn.noise import Noise
-from jaxtune.nn.params import AdapterConstant, AdapterParam
+from jaxtune.nn.params import AdapterConstant, AdapterParam, HeadParam
 from jaxtune.nn.stack import stack_sizes
 from jaxtune.peft import adalora
 from jaxtune.policy import (
-    loss_implementation,
     require_equal_chunks,
     require_room,
+    resolve_objective,
     resolve_policy,
 )
 from jaxtune.quant import QArray
@@ -68,6 +69,7 @@ def describe(config: RunConfig, mesh: Mesh, checkpoint: Checkpoint) -> Run:
     """
     if problems := peft.unread(config.peft):
         raise ConfigError("; ".join(problems))
+    checkpoint = with_head(checkpoint, config.objective, config.train.seed)
     for folder in config.peft.merged_adapters:
         checkpoint = merged(checkpoint, Path(folder))
     return _describe(config, mesh, deeper(config.peft, checkpoint))
@@ -90,7 +92,7 @@ def _describe(config: RunConfig, mesh: Mesh, checkpoint: Checkpoint) -> Run:
         return model
 
     dense = tree.describe(build_dense)
-    whole = peft.trained(dense.variables, config.peft, stacks)
+    whole = peft.trained(dense.variables, config.peft, stacks) | dense.select(HeadParam)
     kernels = frozen_weights.quantized_kernels(config, checkpoint, weights, dense, stacks, whole)
 
     base = tree.describe(build_base)
@@ -145,11 +147,7 @@ def _describe(config: RunConfig, mesh: Mesh, checkpoint: Checkpoint) -> Run:
         turns=turns,
         adapters=adapters,
         imported=imported,
-        objective=functools.partial(
-            objectives.OBJECTIVES[config.objective.name],
-            loss_dtype=jnp.dtype(config.model.loss_dtype),
-            cross_entropy=loss_implementation(config.model, mesh),
-        ),
+        objective=resolve_objective(config, mesh),
     )
 
 

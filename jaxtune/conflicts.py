@@ -76,7 +76,7 @@ def contradictions(config: RunConfig) -> list[str]:
             "which is 0 - set both"
         )
     problems += _bad_data(c)
-    problems += _prompts(c) + _groups(c) + _unread(c)
+    problems += _prompts(c) + _groups(c) + _labelled(c) + _unread(c)
     axes = c.mesh.axes()
     problems += [f"config.mesh.{name}=0: must be -1 or >= 1" for name, n in axes.items() if n == 0]
     if list(axes.values()).count(-1) > 1:
@@ -300,6 +300,39 @@ def _prefix(c: RunConfig) -> list[str]:
     return problems
 
 
+def _labelled(c: RunConfig) -> list[str]:
+    """What does not go with rows that have labels instead of answers."""
+    if not c.objective.is_labelled:
+        return []
+    objective, problems = f"objective.name={c.objective.name}", []
+    if c.eval.exact_match:
+        problems.append(f"config.eval.exact_match: {objective} generates no answers - turn it off")
+    if c.data.streaming:
+        problems.append(f"config.data.streaming: {objective} reads all labels first - turn it off")
+    if c.data.cuts_examples or not c.data.isolated:
+        problems.append(
+            f"config.data: {objective} looks at whole examples - set data.isolated=true and "
+            "another data.packer than concat"
+        )
+    if c.data.overlong not in ("truncate_right", "drop", "error"):
+        problems.append(
+            f"config.data.overlong={c.data.overlong} is for conversations and texts, and "
+            f"{objective} has rows with labels - choose truncate_right, drop or error"
+        )
+    if c.peft.method in (*PROMPTS, "tokens"):
+        problems.append(
+            f"config.peft.method={c.peft.method} has no place for the head that {objective} trains "
+            "- choose lora, or another method that changes weights"
+        )
+    if c.train.attention_group:
+        problems.append(f"config.train.attention_group is for objective.name=sft, not {objective}")
+    if c.train.router_aux_loss:
+        problems.append(f"config.train.router_aux_loss is for objective.name=sft, not {objective}")
+    if len(set(c.objective.labels)) < len(c.objective.labels):
+        problems.append(f"config.objective.labels={c.objective.labels}: a name stands there twice")
+    return problems
+
+
 def _trains_beside(peft: Peft) -> bool:
     """Whether more than the matrices of layers' adapters trains."""
     more = peft.modules_to_save or peft.trainable_tokens or peft.lora_bias
@@ -315,7 +348,17 @@ def _unread(c: RunConfig) -> list[str]:
     whole = f"peft.method={c.peft.method} trains weights of the model"
     no_b = f"peft.method={c.peft.method} has no A and B"
     projection = ("projection_rank", "projection_gap", "projection_scale")
+    objective, labelled = f"objective.name={c.objective.name}", c.objective.is_labelled
+    chat = ("template", "enable_thinking", "train_on", "max_source_len", "workers")
+    one_label = c.objective.name in ("sequence_classification", "question_answering")
+    no_classes = c.objective.name in ("sft", "question_answering")
+    no_problem = c.objective.name != "sequence_classification"
     rules = (
+        (labelled, "data", chat, f"{objective} has no conversations"),
+        (one_label, "data", ("loss_weights",), "an example has one label"),
+        (labelled, "model", ("loss_dtype", "cross_entropy"), f"{objective} has few logits"),
+        (no_classes, "objective", ("labels",), f"{objective} has no classes"),
+        (no_problem, "objective", ("problem_type",), "only sequence_classification has several"),
         (c.peft.method in WHOLE, "model", ("offload_frozen",), whole),
         (c.peft.encoder != "lstm", "peft", ("encoder_num_layers",), "only encoder=lstm has them"),
         (

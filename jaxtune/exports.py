@@ -13,6 +13,7 @@ from jaxtune.checkpoint.adapter import save_adapter
 from jaxtune.checkpoint.adapter_prompt import save_prompt
 from jaxtune.checkpoint.hf_save import save_model
 from jaxtune.distributed import to_host
+from jaxtune.models.heads import TASKS, head_of
 from jaxtune.peft import adalora
 from jaxtune.tree import Params
 
@@ -28,6 +29,7 @@ def write_adapter(run: Run, params: Params, folder: Path) -> None:
     if adapters.method == "adalora":
         own = {name: to_host(params[name]) for name in sorted(run.trainable)}
         adapters, params = adalora.trimmed(adapters, params | own)
+    head = head_of(run.checkpoint.config)
     save_adapter(
         folder,
         params,
@@ -37,6 +39,7 @@ def write_adapter(run: Run, params: Params, folder: Path) -> None:
         run.stacks,
         base=run.checkpoint.name,
         revision=run.config.model.revision,
+        task_type="CAUSAL_LM" if head is None else TASKS[head.task].peft,
     )
 
 

@@ -4,7 +4,6 @@ The step is compiled from shapes alone, before any weight is read, with the chea
 the first program that fits the devices is the one that trains.
 """
 
-import dataclasses
 import functools
 import re
 from typing import Any
@@ -18,11 +17,13 @@ from jaxtune.data import TokenBatch
 from jaxtune.distributed import smallest
 from jaxtune.errors import DoesNotFitError
 from jaxtune.log import info, warn
+from jaxtune.models.heads import head_of
 from jaxtune.nn.stack import REMAT
+from jaxtune.objectives import Objective
 from jaxtune.schema import FETCHING
 from jaxtune.sharding import pipeline, rules
 from jaxtune.sharding.mesh import has_host_memory, own_device
-from jaxtune.step import Metrics, Objective, TrainStep, make_train_step
+from jaxtune.step import Metrics, TrainStep, make_train_step
 
 # Of a device's memory, what a program may plan with; the rest is for the runtime and fragments.
 USABLE = 0.95
@@ -211,9 +212,16 @@ def abstract_batch(run: build.Run) -> TokenBatch:
     rows = train.micro_batch_size * rules.batch_shards(run.mesh)
     shape = (train.gradient_accumulation_steps, rows, run.config.data.max_seq_len)
     where = rules.sharding(shape, (None, "batch", "length"), run.mesh)
-    kinds = {field.name: jnp.int32 for field in dataclasses.fields(TokenBatch)}
+    kinds: dict[str, Any] = dict.fromkeys(("tokens", "positions", "segment_ids"), jnp.int32)
     kinds["weights"] = jnp.float32
+    head = head_of(run.checkpoint.config)
+    if head is not None:
+        kinds["types"] = jnp.int32
     leaves: Any = {
         name: jax.ShapeDtypeStruct(shape, kind, sharding=where) for name, kind in kinds.items()
     }
+    if head is not None:
+        shape = (shape[0], head.columns, *shape[1:])
+        where = rules.sharding(shape, (None, None, "batch", "length"), run.mesh)
+        leaves["labels"] = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=where)
     return TokenBatch(**leaves)

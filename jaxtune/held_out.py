@@ -1,4 +1,4 @@
-"""Measurements on held-out rows during a run: loss, token accuracy, exact match of answers."""
+"""Measurements on held-out rows during a run: loss, accuracy and the like, exact match."""
 
 import json
 import math
@@ -6,10 +6,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
+
 from jaxtune import data, process
 from jaxtune.build import Run
 from jaxtune.infer import Sampling, generate, stop_ids
 from jaxtune.log import Log, read_rows, warn
+from jaxtune.objectives.measures import measures
 from jaxtune.sharding.rules import batch_shards
 from jaxtune.step import make_eval_step
 from jaxtune.tree import Params
@@ -38,25 +42,17 @@ class HeldOut:
         return self.last["eval_loss"] if self._measured_at == step else None
 
     def measure(self, step: int, trainable: Params) -> None:
-        """Loss, perplexity and token accuracy over all held-out rows."""
+        """Loss and what else the objective measures (`objectives.measures`), of all rows."""
         if self._dataset is None:
             return
-        loss = weight = correct = 0.0
-        for batch in self._batches(self._dataset):
-            value, sums = self._eval_step(trainable, self._frozen, batch)
-            loss += float(value)
-            weight += float(sums["weight"])
-            correct += float(sums["correct"])
-        mean = loss / max(weight, 1e-8)
+        batches = self._batches(self._dataset)
+        found = [jax.device_get(self._eval_step(trainable, self._frozen, b)) for b in batches]
+        loss, sums = jax.tree.map(lambda *x: np.sum(x, axis=0, dtype=np.float64), *found)
+        row = measures(float(loss), sums)
+        if not self._run.config.objective.is_labelled:
+            row["perplexity"] = math.exp(min(row["loss"], 700.0))
         self._measured_at = step
-        self._record(
-            step,
-            {
-                "loss": mean,
-                "perplexity": math.exp(min(mean, 700.0)),
-                "accuracy": correct / max(weight, 1e-8),
-            },
-        )
+        self._record(step, row)
 
     def _batches(self, dataset: data.Dataset) -> Iterator[data.TokenBatch]:
         config = self._run.config

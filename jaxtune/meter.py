@@ -44,7 +44,7 @@ def flops_per_token(run: Run, length: float) -> float:
     weights = used(run.variables) + (c.vocab_size * c.hidden_size if c.tie_embeddings else 0)
     first = min(map(depth, run.trainable))
     below = used({n: s for n, s in run.variables.items() if depth(n) < first})
-    attention = 6 * length * c.num_heads * c.head_dim * c.num_layers
+    attention = (6 if c.causal else 12) * length * c.num_heads * c.head_dim * c.num_layers
     return 4 * weights - 2 * below + 2 * used(run.trainable) + attention
 
 
@@ -71,6 +71,7 @@ class Meter:
         self._log, self._every = log, run.config.log.every_steps
         self._max_bad_steps = run.config.train.max_bad_steps
         self._peak = None if peak is None else peak * devices.size
+        self._is_labelled = run.config.objective.is_labelled
         self._flops_per_token = flops_per_token(run, mean_length)
         self._waiting: tuple[int, dict[str, Any], int] | None = None
         self._clock, self._tokens, self._slots = time.monotonic(), 0.0, 0
@@ -122,7 +123,8 @@ class Meter:
     def _write(self, step: int, row: dict[str, float]) -> None:
         now = time.monotonic()
         speed = self._tokens / (now - self._clock)
-        row["perplexity"] = math.exp(min(row["loss"], 700.0))
+        if not self._is_labelled:
+            row["perplexity"] = math.exp(min(row["loss"], 700.0))
         row["tokens_per_second"] = speed
         row["padding_ratio"] = 1 - self._tokens / self._slots
         row["data_wait"] = self._waited / (now - self._clock)

@@ -1,9 +1,11 @@
 """From the config's choices to how a model is computed on these devices."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxtune import peft
@@ -12,7 +14,8 @@ from jaxtune.data.loader import LENGTH_STEP
 from jaxtune.errors import ConfigError
 from jaxtune.nn.params import Policy, suited_policy
 from jaxtune.nn.stack import period
-from jaxtune.schema import FETCHING, Model, RunConfig
+from jaxtune.objectives import OBJECTIVES, Objective
+from jaxtune.schema import FETCHING, RunConfig
 from jaxtune.sharding import pipeline
 from jaxtune.sharding.mesh import require_host_memory
 from jaxtune.tree import Params
@@ -55,6 +58,11 @@ def resolve_policy(config: RunConfig, model_config: Any, mesh: Mesh) -> Policy:
         _require_balance(config, model_config, mesh)
     if config.train.attention_group:
         _require_halves(model_config, config.train.attention_group)
+    if config.peft.method == "llama_pro" and not model_config.causal:
+        raise ConfigError(
+            "config.peft.method=llama_pro: a new layer that adds nothing still normalises its "
+            "input in an encoder, so it would change the model - use freeze or lora"
+        )
     for name in ("attention", "matmul", "cross_entropy"):
         needed = _PLATFORMS.get(getattr(model, name), platform)
         if needed != platform:
@@ -224,11 +232,16 @@ def _context_parallel(config: RunConfig, model_config: Any, mesh: Mesh) -> str:
     return chosen
 
 
-def loss_implementation(model: Model, mesh: Mesh) -> str:
-    """The name of the loss's implementation, `model.cross_entropy` or what suits the platform."""
-    if model.cross_entropy != "auto":
-        return model.cross_entropy
-    return "pallas_tpu" if mesh.devices.flat[0].platform == "tpu" else "chunked"
+def resolve_objective(config: RunConfig, mesh: Mesh) -> Objective:
+    """What is minimised, with the loss's implementation chosen for the platform."""
+    objective: Any = OBJECTIVES[config.objective.name]
+    if config.objective.is_labelled:
+        return objective
+    chosen = config.model.cross_entropy
+    if chosen == "auto":
+        chosen = "pallas_tpu" if mesh.devices.flat[0].platform == "tpu" else "chunked"
+    loss_dtype = jnp.dtype(config.model.loss_dtype)
+    return functools.partial(objective, loss_dtype=loss_dtype, cross_entropy=chosen)
 
 
 def require_room(config: RunConfig, model: Any) -> None:

@@ -1,15 +1,13 @@
 """The description of a run: everything about its arrays except their values."""
 
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxtune import peft, tree
-from jaxtune.checkpoint import hf
+from jaxtune import peft
 from jaxtune.checkpoint.adapter import Adapter
 from jaxtune.checkpoint.tensors import Checkpoint
 from jaxtune.distributed import batch_to_device, held_rows
@@ -28,7 +26,7 @@ class Run:
         config: the resolved config.
         mesh: devices.
         checkpoint: the opened source of base weights.
-        family: the model family's module.
+        family: the model family's module, or what stands for it (`models.read_config`).
         model_config: the family's config.
         policy: how the model is computed.
         skeleton: the model without arrays.
@@ -46,7 +44,7 @@ class Run:
     config: RunConfig
     mesh: Mesh
     checkpoint: Checkpoint
-    family: ModuleType
+    family: Any
     model_config: Any
     policy: Policy
     skeleton: Skeleton
@@ -70,7 +68,7 @@ class Run:
         return held_rows(rules.sharding((rows,), ("batch",), self.mesh), rows)
 
     def put(self, batch: Any, rows: int | None = None) -> Any:
-        """A host batch of [A, B, T] or [B, T] arrays on the devices, its rows over the shards.
+        """A host batch of [..., B, T] arrays on the devices, its rows over the shards.
 
         Args:
             batch: the rows that `held_rows` names.
@@ -81,37 +79,8 @@ class Run:
 
         def put_one(array: np.ndarray) -> jax.Array:
             shape = (*array.shape[:-2], count, array.shape[-1])
-            axes = (None, "batch", "length")[-array.ndim :]
+            axes = (*(None,) * (array.ndim - 2), "batch", "length")
             where = rules.sharding(shape, axes, self.mesh, "batch")
             return batch_to_device(array, where, count, held)
 
         return jax.tree.map(put_one, batch)
-
-    def flops_per_token(self, length: float) -> float:
-        """Model FLOPs of one training token, recomputation not counted.
-
-        Forward and the gradient of activations cost 2 FLOPs each per weight of a matrix product,
-        the latter not below the first stack that trains; the gradient of a weight costs 2 more, for
-        trained weights only. Attention over a causal row of `length` tokens sees half of it on
-        average.
-        """
-        length = min(length, self.config.train.attention_group or length)
-        c = self.model_config
-        matrices = {n: s for n, s in self.variables.items() if _is_matrix(n)}
-        weights = tree.count(matrices)
-        weights += c.vocab_size * c.hidden_size if c.tie_embeddings else 0
-        trained = tree.count({n: s for n, s in self.trainable.items() if _is_matrix(n)})
-        first = min(map(self._depth, self.trainable))
-        below = tree.count({n: s for n, s in matrices.items() if self._depth(n) < first})
-        attention = 6 * length * c.num_heads * c.head_dim * c.num_layers
-        return 4 * weights - 2 * below + 2 * trained + attention
-
-    def _depth(self, name: str) -> int:
-        """The number of a parameter's stack; -1 before the layers, their count behind them."""
-        stack, _ = hf.split_path(name)
-        outside = -1 if name.startswith(("embed.", "prefix.")) else len(self.stacks)
-        return outside if stack is None else stack
-
-
-def _is_matrix(name: str) -> bool:
-    return name.endswith(".kernel") or (".adapter." in name and not name.startswith("embed."))

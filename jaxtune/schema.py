@@ -13,8 +13,10 @@ FETCHING = ("dots", "full")
 DATA_FORMATS = (
     *("alpaca", "messages", "sharegpt", "xtuner", "src_tgt", "prompt_completion", "qa"),
     *("multiple_choice", "text", "document"),
-    *("preference", "rejected", "ranked", "rated", "classified"),
+    *("preference", "rejected", "ranked", "rated", "classified", "tagged", "extractive"),
 )
+# Objectives that learn labels, with a head of their own.
+LABELLED = ("sequence_classification", "token_classification", "question_answering")
 PROMPTS = ("prefix", "prompt", "p_tuning")  # methods that change no weights
 QUANT_FORMATS = ("int8", "int8_block", "int4", "nf4", "fp4")
 
@@ -39,7 +41,7 @@ class Model:
     path: str = _field(
         "tiny:llama",
         "Hugging Face folder, .gguf file, hub id (org/name), "
-        "package:<pip package> for a package that ships a .gguf file, or tiny:<family>",
+        "package:<pip package> for a package that ships a model, or tiny:<family>",
     )
     revision: str | None = _field(None, "branch, tag or commit when path is a hub id")
     tokenizer: str | None = _field(None, "folder, .gguf file or hub id; default: the model's own")
@@ -433,7 +435,32 @@ class Data:
 class Objective:
     """What is minimised."""
 
-    name: str = _field("sft", "next-token cross-entropy on the trained tokens", choices=("sft",))
+    name: str = _field(
+        "sft",
+        "sft: next-token cross-entropy on the trained tokens; sequence_classification: labels or "
+        "scores of texts and pairs of texts; token_classification: labels of words; "
+        "question_answering: where in a context an answer starts and ends",
+        choices=("sft", *LABELLED),
+    )
+    labels: tuple[str, ...] = _field(
+        (),
+        "names of the classes, in the order of the head's outputs; default: those of the model's "
+        "head if it has one, else those of the training rows, sorted",
+    )
+    problem_type: str = _field(
+        "auto",
+        "of sequence_classification: one class a text, any number of classes, or scores; auto: as "
+        "the model's head if that is kept, else by the type of the rows' labels",
+        choices=(
+            *("auto", "single_label_classification"),
+            *("multi_label_classification", "regression"),
+        ),
+    )
+
+    @property
+    def is_labelled(self) -> bool:
+        """Whether rows have labels instead of answers."""
+        return self.name in LABELLED
 
 
 @dataclass(frozen=True, kw_only=True)

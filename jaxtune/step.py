@@ -17,11 +17,11 @@ import optax
 from jaxtune import peft
 from jaxtune.nn import noise
 from jaxtune.nn.turns import Rows
+from jaxtune.objectives import Objective
 from jaxtune.optim import Apply, apply_whole
 from jaxtune.tree import Params, Skeleton
 
 Metrics = dict[str, jax.Array]
-Objective = Callable[[Any, Any], tuple[jax.Array, Metrics]]
 TrainStep = Callable[["TrainState", Params, Any], tuple["TrainState", Metrics]]
 
 
@@ -77,8 +77,9 @@ def make_train_step(
         turns: how the layers of `TrainState.in_turn` take turns.
 
     Returns:
-        A function to the new state and float32 scalars: loss, accuracy, grad_norm, learning_rate,
-        tokens (real ones), targets (sum of weights), bad_steps, skipped.
+        A function to the new state and float32 scalars: loss, accuracy (if the objective counts
+        what is correct), grad_norm, learning_rate, tokens (real ones), targets (sum of weights),
+        bad_steps, skipped.
     """
 
     def loss(trainable: Params, fixed: tuple, micro: Any, key: jax.Array) -> tuple:
@@ -115,7 +116,7 @@ def make_train_step(
         grads = jax.tree.map(lambda g: g / weight, grads)
         metrics = {
             "loss": value / weight,
-            "accuracy": sums["correct"] / weight,
+            **({"accuracy": sums["correct"] / weight} if "correct" in sums else {}),
             "grad_norm": optax.tree.norm(grads),
             "learning_rate": schedule(_applied_steps(state.opt_state)),
             "tokens": (batch.segment_ids > 0).sum(),

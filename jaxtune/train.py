@@ -17,6 +17,7 @@ import jax
 import jaxtune
 from jaxtune import build, config, data, distributed, hardware, optim, process, tree
 from jaxtune.checkpoint.adapted import require_mergeable
+from jaxtune.checkpoint.labels import labelling_of, with_labels
 from jaxtune.checkpoint.lock import NAME as LOCK
 from jaxtune.checkpoint.lock import RunLock
 from jaxtune.checkpoint.manifest import write_synced
@@ -84,6 +85,7 @@ def _train(cfg: RunConfig, folder: Path, stop: StopSignal, watchdog: Watchdog) -
     """The run, in a folder that is ours."""
     with ExitStack() as cleanup:
         run, tokenizer, batches, held_out_set = _describe(cfg)
+        cfg = run.config
         _check_processes(cfg, folder, batches.dataset, held_out_set)
         num_steps = cfg.train.num_steps or batches.num_steps(cfg.train.num_epochs)
         _report(run, batches.dataset, held_out_set, num_steps)
@@ -151,6 +153,7 @@ def _describe(
     """Opens everything the run reads, and describes it; no weights are read."""
     mesh = make_mesh(cfg.mesh.axes())
     checkpoint = open_checkpoint(cfg.model.path, cfg.model.revision)
+    cfg = with_labels(cfg, checkpoint)
     run = build.describe(cfg, mesh, checkpoint)
     if cfg.checkpoint.export_merged and run.adapters is not None:
         require_mergeable(run.adapters, run.variables)
@@ -165,6 +168,7 @@ def _describe(
         seed=cfg.train.seed,
         vocab_size=vocab_size,
         num_virtual_tokens=run.skeleton.model(run.skeleton.abstract()).num_virtual_tokens,
+        labelling=labelling_of(run.checkpoint),
     )
     rows = cfg.train.micro_batch_size * batch_shards(mesh)
     batches = data.make_loader(

@@ -103,8 +103,7 @@ def published_names(tensors: Mapping[str, Any], model: Any) -> dict[str, Any]:
 
 def load(checkpoint: Checkpoint, **policy: Any) -> Loaded:
     """The same model in jaxtune, quantized weights as they are stored; `policy` are its fields."""
-    family = models.family(checkpoint.config["model_type"])
-    config = family.Config.from_hf(checkpoint.config)
+    family, config = models.read_config(checkpoint.config, checkpoint.name)
     stacks = stack_sizes(config.num_layers, Policy(**policy), config.layer_kinds)
     weights = family.weights(config)
 

@@ -143,6 +143,7 @@ def save_adapter(
     *,
     base: str,
     revision: str | None = None,
+    task_type: str = "CAUSAL_LM",
 ) -> None:
     """Writes a PEFT folder; it appears under its name only when complete and checked.
 
@@ -157,6 +158,7 @@ def save_adapter(
         stacks: number of layers in each stack.
         base: name of the base model, for base_model_name_or_path.
         revision: its revision, when it is a hub id.
+        task_type: what PEFT calls the model's task.
     """
     adapted = [with_room(whole) for whole in wholes(modules(weights, adapters, stacks), weights)]
     stored = stored_tensors(adapters, adapted, base_params)
@@ -193,7 +195,7 @@ def save_adapter(
     with replace_folder(folder, {"kind": "adapter", "base": base}) as temporary:
         write_folder(temporary, tensors, read, stem="adapter_model", max_shard_bytes=size)
         layers = [whole.first._replace(config=whole.config) for whole in adapted]
-        fields = config_fields(adapters, layers, weights, stacks)
+        fields = config_fields(adapters, layers, weights, stacks, task_type)
         fields |= {"base_model_name_or_path": base, "revision": revision}
         write_json(temporary / CONFIG_FILE, fields)
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from jaxtune.checkpoint.hf import split_path
 from jaxtune.errors import WeightError, listing
 from jaxtune.models.base import Weight
+from jaxtune.models.heads import TRAINED
 from jaxtune.peft import METHODS, Adapters, layer_names, tokens, weight_name
 from jaxtune.peft.base import EMBEDDING, Choice
 from jaxtune.peft.targets import is_target
@@ -88,6 +89,7 @@ def config_fields(
     adapted: Sequence[Module],
     weights: Sequence[Weight],
     stacks: Sequence[int],
+    task_type: str,
 ) -> dict[str, Any]:
     """What PEFT writes about the adapters, but for the base model's name."""
     method = METHODS[adapters.method]
@@ -107,14 +109,17 @@ def config_fields(
         "peft_type": method.PEFT.peft_type,
         "peft_version": PEFT_VERSION,
         "target_modules": targets,
-        "task_type": "CAUSAL_LM",
+        "task_type": task_type,
         **own,
         **_beside(adapters, weights, stacks),
     }
 
 
 def _beside(adapters: Adapters, weights: Sequence[Weight], stacks: Sequence[int]) -> dict[str, Any]:
-    """modules_to_save with whole names, which PEFT takes for ends of names, and bias."""
+    """modules_to_save with whole names, which PEFT takes for ends of names, and bias.
+
+    A head for labels is named as one module, as PEFT does by itself.
+    """
     fields: dict[str, Any] = {}
     rows = {row.ours: row for row in weights}
     saved = set()
@@ -123,7 +128,8 @@ def _beside(adapters: Adapters, weights: Sequence[Weight], stacks: Sequence[int]
         first = sum(stacks[: stack or 0])
         layers = range(first, first + (1 if stack is None else stacks[stack]))
         tensors = (name for layer in layers for name in rows[ours].names(layer))
-        saved |= {name.rpartition(".")[0] for name in tensors}
+        head = _is_head(ours)
+        saved |= {name.partition(".")[0] if head else name.rpartition(".")[0] for name in tensors}
     if saved:
         fields["modules_to_save"] = sorted(saved)
     if adapters.biases:
@@ -131,6 +137,10 @@ def _beside(adapters: Adapters, weights: Sequence[Weight], stacks: Sequence[int]
         peft_type = METHODS[adapters.method].PEFT.peft_type
         fields["bias"] = f"{peft_type.lower()}_only" if of_adapted else "all"
     return fields
+
+
+def _is_head(path: str) -> bool:
+    return path.startswith(TRAINED)
 
 
 def _targets(
@@ -153,6 +163,9 @@ def _targets(
         alike = [other for other in set(names.values()) if other.rsplit(".", 1)[-1] == last]
         whole = names[ours].partition("{}.")[2].replace("{}.", "")
         short.append(last if len(alike) == 1 else whole)
+    # BERT's output.dense is the end of its attention.output.dense.
+    if any(is_target(other, short) for ours, other in names.items() if ours not in layers):
+        return sorted(module.name for module in adapted), None
     return sorted(short), None if len(first) == num_layers else sorted(first)
 
 
@@ -231,7 +244,7 @@ def read_adapters(
     name, fields = read_config(folder)
     method = METHODS[name]
     config = method.from_peft(fields)
-    kernels = {row.ours for row in weights if is_matrix(row)}
+    kernels = {row.ours for row in weights if is_matrix(row) and not _is_head(row.ours)}
     paths = [path.rpartition(".")[0] for path in base_params if split_path(path)[1] in kernels]
     every = {path: (True,) * len(layer_names(path, tuple(stacks))) for path in paths}
     candidates = modules(weights, Adapters(name, None, every), stacks)
@@ -255,11 +268,17 @@ def read_adapters(
         first = sum(stacks[: stack or 0])
         module = path.rpartition(".")[0]
         theirs = table[ours].names(first)[0].rpartition(".")[0]
-        if any(theirs.endswith(target) for target in fields.get("modules_to_save") or ()):
+        if any(_is_saved(theirs, kept) for kept in fields.get("modules_to_save") or ()):
             saved.add(path)
         if ours.endswith(".bias") and _trains(fields.get("bias"), module in found):
             biases.add(path)
-    if "embed.table" in saved and "lm_head.kernel" not in base_params:
+    heads = {path for path in base_params if _is_head(path)}
+    if heads - saved:
+        raise WeightError(
+            f"{folder / CONFIG_FILE}: task_type {fields.get('task_type')} is of an adapter without "
+            "the head that the objective trains - start a new adapter on the merged model"
+        )
+    if "embed.table" in saved and "lm_head.kernel" not in base_params and not heads:
         raise WeightError(
             f"{folder / CONFIG_FILE}: modules_to_save has the embedding, which this base ties to "
             "its head and PEFT does not - merge it with PEFT and start from the merged model"
@@ -329,7 +348,7 @@ def _rows(
         path: tokens.token_ids(found)
         for target, found in by_target.items()
         for path in (EMBEDDING, tokens.HEAD)
-        if is_target(names[path], [target])
+        if path in names and is_target(names[path], [target])
     }
     is_tied = weight_name(tokens.HEAD) not in base_params
     # Rows of a tied head are the embedding's.
@@ -346,6 +365,11 @@ def _rows(
         ids.pop(tokens.HEAD, None)
     axes, alone = {EMBEDDING: 0, tokens.HEAD: 1}, name == "tokens"
     return {path: (tokens.Rows(found, axes[path], alone),) for path, found in ids.items()}
+
+
+def _is_saved(name: str, kept: str) -> bool:
+    """Whether PEFT keeps a module, or one that it is in, for an item of modules_to_save."""
+    return name.endswith(kept) or f".{kept}." in f".{name}."
 
 
 def _trains(bias: str | None, is_adapted: bool) -> bool:

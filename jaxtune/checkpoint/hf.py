@@ -26,7 +26,8 @@ from jaxtune.quant import QArray, take_columns
 
 # Buffers that old versions of transformers saved; they follow from the config.
 _HARMLESS = re.compile(
-    r"(.*\.)?(rotary_emb\.inv_freq|rotary_pos_emb\.inv_freq|(attn|attention)\.(masked_)?bias)"
+    r"(.*\.)?(rotary_emb\.inv_freq|rotary_pos_emb\.inv_freq|(attn|attention)\.(masked_)?bias"
+    r"|embeddings\.(position_ids|token_type_ids))"
 )
 
 

@@ -89,7 +89,9 @@ def save_model(
     if quantize is not None:
         names = _matrices(weights, sum(stacks))
         matrix = next(name for name in tensors if name in names)
-        config["quantization_config"] = quantization_config(quantize, tensors[matrix].dtype.name)
+        config["quantization_config"] = quantization_config(
+            quantize, tensors[matrix].dtype.name, _outside(weights)
+        )
         seen = roundings.stored
         stored, read_stored = quantized_tensors(tensors, read, names, quantize, seen)
     if not process.is_first():
@@ -154,6 +156,12 @@ def _matrices(weights: Sequence[Weight], num_layers: int) -> set[str]:
             "way round (Conv1D) - export them dense"
         )
     return {row.hf.format(layer) for row in rows for layer in range(num_layers)}
+
+
+def _outside(weights: Sequence[Weight]) -> list[str]:
+    """Hugging Face names of the modules with matrices outside the layers."""
+    rows = (row for row in weights if row.ours.endswith(".kernel"))
+    return sorted({row.hf.rpartition(".")[0] for row in rows if "{}" not in row.hf})
 
 
 def _narrow(name: str, array: np.ndarray, dtype: np.dtype) -> np.ndarray:

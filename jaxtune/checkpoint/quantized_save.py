@@ -1,7 +1,7 @@
 """A dense model's tensors as the tensors that bitsandbytes would have saved for it."""
 
 import functools
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -86,18 +86,19 @@ def _parts(name: str, kernel: Any, dtype: np.dtype) -> dict[str, np.ndarray]:
     return parts
 
 
-def quantization_config(format: str, dtype: str) -> dict[str, Any]:
+def quantization_config(format: str, dtype: str, dense: Sequence[str]) -> dict[str, Any]:
     """What config.json says of such a model, as transformers 5.23 writes it.
 
     Args:
         format: one of `FORMATS`.
         dtype: that in which the model computes.
+        dense: names of matrices' modules that are not quantized.
     """
     config: dict[str, Any] = {
         "quant_method": "bitsandbytes",
         "load_in_4bit": format != "int8",
         "load_in_8bit": format == "int8",
-        "llm_int8_skip_modules": ["lm_head"],
+        "llm_int8_skip_modules": list(dense),
         "llm_int8_threshold": 6.0,
     }
     if format != "int8":

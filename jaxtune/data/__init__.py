@@ -12,6 +12,7 @@ record --formats--> Example --tokenize--> TokenRow --packing, loader--> TokenBat
 from jaxtune.data.batch import TokenBatch, TokenRow
 from jaxtune.data.dataset import Dataset, Stats, load
 from jaxtune.data.examples import Example, Message
+from jaxtune.data.labelling import Labelling
 from jaxtune.data.lanes import Lanes
 from jaxtune.data.loader import Loader, make_loader
 from jaxtune.data.stream import Stream
@@ -21,6 +22,7 @@ from jaxtune.data.tokenizer import load_tokenizer
 __all__ = [
     "Dataset",
     "Example",
+    "Labelling",
     "Lanes",
     "Loader",
     "Message",

@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from jaxtune import config, data
+from jaxtune.checkpoint.label_head import with_head
+from jaxtune.checkpoint.labels import labelling_of, with_labels
 from jaxtune.checkpoint.source import open_checkpoint
 from jaxtune.data import look
 from jaxtune.errors import ConfigError, run_command
@@ -42,6 +44,8 @@ def _options(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
 def _load(cfg: RunConfig) -> tuple[Any, Any, data.Dataset | None]:
     """Tokenizer, training and held-out data."""
     checkpoint = open_checkpoint(cfg.model.path, cfg.model.revision)
+    cfg = with_labels(cfg, checkpoint)
+    headed = with_head(checkpoint, cfg.objective, cfg.train.seed)
     source = cfg.model.tokenizer or checkpoint.tokenizer_source
     tokenizer = data.load_tokenizer(
         source, template=cfg.data.template, enable_thinking=cfg.data.enable_thinking
@@ -52,6 +56,7 @@ def _load(cfg: RunConfig) -> tuple[Any, Any, data.Dataset | None]:
         seed=cfg.train.seed,
         vocab_size=_vocab_size(checkpoint.config),
         num_virtual_tokens=cfg.peft.prompt_tokens,
+        labelling=labelling_of(headed),
     )
     return tokenizer, *sets
 

@@ -12,11 +12,17 @@ class TokenRow(NamedTuple):
 
     Attributes:
         tokens: int32 [T], the ids that the model reads.
-        trained: bool [T], whether token t is a target of the loss; `trained[0]` is False.
+        trained: bool [T], whether token t is a target of the loss, or has a label; `trained[0]` is
+            False but for labels.
+        types: uint8 [T], which text of a pair token t belongs to; None: there are no labels.
+        labels: float32 [M, C], of each of the M tokens that have one (its class; or a number for
+            each output of the head); None: there are none.
     """
 
     tokens: np.ndarray
     trained: np.ndarray
+    types: np.ndarray | None = None
+    labels: np.ndarray | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -30,9 +36,15 @@ class TokenBatch:
         segment_ids: int32 number of the example within its row, from 1; 0 is padding.
         weights: float32 weight of token t as a *target* (0: not trained); the first token of an
             example always has weight 0. Not shifted: the objective pairs output t-1 with token t.
+            With labels: the weight of the label of token t, and output t is paired with it.
+        types: int32, which text of a pair a token belongs to; None: there are no labels.
+        labels: float32 [C, B, T], or [A, C, B, T], of tokens whose weight is not 0 (see
+            `TokenRow`); None: there are none.
     """
 
     tokens: jax.Array | np.ndarray
     positions: jax.Array | np.ndarray
     segment_ids: jax.Array | np.ndarray
     weights: jax.Array | np.ndarray
+    types: jax.Array | np.ndarray | None = None
+    labels: jax.Array | np.ndarray | None = None

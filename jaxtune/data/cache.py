@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxtune.data import formats, sources, table
+from jaxtune.data.labelling import Labelling
 from jaxtune.data.locations import Source
 from jaxtune.data.table import Tokenized
 from jaxtune.log import warn
@@ -33,7 +34,11 @@ NOT_IN_ROWS = (
 
 
 def tokenized(
-    found: Sequence[Source], cfg: Data, tokenizer: Any, make: Callable[[Path], None]
+    found: Sequence[Source],
+    cfg: Data,
+    tokenizer: Any,
+    make: Callable[[Path], None],
+    labelling: Labelling | None = None,
 ) -> Tokenized:
     """The table of some sources: from the cache, or made now and kept there.
 
@@ -42,6 +47,7 @@ def tokenized(
         cfg: how they become rows, and where the cache is.
         tokenizer: with its chat template.
         make: writes the table into an empty folder.
+        labelling: of rows with labels, if they have them.
     """
     root = _folder(cfg.cache)
     if root is None:
@@ -49,7 +55,7 @@ def tokenized(
         with tempfile.TemporaryDirectory(prefix="jaxtune-tokens-") as folder:
             make(Path(folder))
             return table.read(Path(folder))
-    entry = root / _key(found, cfg, tokenizer)
+    entry = root / _key(found, cfg, tokenizer, labelling)
     with _lock(entry.with_suffix(".lock")):
         try:
             return table.read(entry)
@@ -96,11 +102,12 @@ def _folder(name: str | None) -> Path | None:
     return None
 
 
-def _key(found: Sequence[Source], cfg: Data, tokenizer: Any) -> str:
+def _key(found: Sequence[Source], cfg: Data, tokenizer: Any, labelling: Labelling | None) -> str:
     files = [file for source in found for file in source.files]
     parts = row_options(cfg)
     parts |= {"sources": list(found), "files": sources.hash_files(files), "code": _code()}
     parts |= {"cuts": cfg.cuts_examples, "tokenizer": tokenizer_identity(tokenizer)}
+    parts["labelling"] = labelling
     return hashlib.sha256(repr(sorted(parts.items())).encode()).hexdigest()
 
 

@@ -6,13 +6,14 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from jaxtune.data import cache, formats, mixtures, sources, table
+from jaxtune.data import cache, formats, label_rows, mixtures, sources, table
 from jaxtune.data.chunks import COUNTED, check_chunks, check_vocabulary
 from jaxtune.data.examples import Example
+from jaxtune.data.labelling import KINDS, Labelling
 from jaxtune.data.locations import Source
 from jaxtune.data.position import ROW_OPTIONS, identity_of
 from jaxtune.data.records import read_examples, sources_of
@@ -122,6 +123,7 @@ def load(
     seed: int,
     vocab_size: int,
     num_virtual_tokens: int = 0,
+    labelling: Labelling | None = None,
 ) -> tuple[Dataset | Stream, Dataset | None]:
     """Reads and tokenizes the training and held-out data, or finds them in the cache.
 
@@ -134,6 +136,7 @@ def load(
         vocab_size: rows of the model's embedding table.
         num_virtual_tokens: places of a prompt at the start of every example; max_seq_len counts
             them too.
+        labelling: of rows with labels; None: conversations and texts.
 
     Returns:
         The training set, and the held-out set if the config asks for one.
@@ -147,13 +150,19 @@ def load(
     if not cfg.train:
         raise ConfigError("data.train is empty - name at least one file of training data")
     # A template or function that cannot be used is named before files are read.
-    chat_of(tokenizer)
+    if labelling is None:
+        chat_of(tokenizer)
     if cfg.function is not None:
         formats.row_function(cfg.function)
     found, held_out_found = sources_of(cfg, "train"), sources_of(cfg, "eval")
     cfg = dataclasses.replace(cfg, max_seq_len=cfg.max_seq_len - num_virtual_tokens)
     tokenized = functools.partial(
-        _Sources, cfg=cfg, tokenizer=tokenizer, vocab_size=vocab_size, room=num_virtual_tokens
+        _Sources,
+        cfg=cfg,
+        tokenizer=tokenizer,
+        vocab_size=vocab_size,
+        room=num_virtual_tokens,
+        labelling=labelling,
     )
     held_out = tokenized(held_out_found) if held_out_found else None
     measured = held_out and held_out.dataset(np.ones(len(held_out.is_bad), bool))
@@ -177,11 +186,23 @@ class _Sources:
         tokenizer: "PreTrainedTokenizerFast",
         vocab_size: int,
         room: int,
+        labelling: Labelling | None,
     ):
         self._found, self._cfg, self._room = found, cfg, room
+        self._kind = Example if labelling is None else KINDS[labelling.objective]
         self._tokenizer = cache.tokenizer_identity(tokenizer)
+
+        def make(records: Iterator[Any]) -> Iterator[Chunk]:
+            if labelling is None:
+                return make_chunks(records, tokenizer, cfg)
+            return label_rows.make_chunks(records, tokenizer, cfg, labelling)
+
         self._made = cache.tokenized(
-            found, cfg, tokenizer, lambda folder: _write(folder, found, cfg, tokenizer)
+            found,
+            cfg,
+            tokenizer,
+            lambda folder: _write(folder, found, cfg, self._kind, make),
+            labelling,
         )
         check_vocabulary(self._made.highest, tokenizer, vocab_size)
         self.is_bad = self._made.counts[:, COUNTED.index("bad")] > 0
@@ -252,7 +273,7 @@ class _Sources:
     def _read(self, records: np.ndarray) -> list[Example]:
         """The examples of some records, each once, in order."""
         kept = dict.fromkeys(records.tolist())
-        numbered = enumerate(read_examples(self._found, self._cfg))
+        numbered = enumerate(read_examples(self._found, self._cfg, self._kind))
         made = {i: row for i, row in numbered if i in kept and not isinstance(row, BadRow)}
         return [made[record] for record in kept]
 
@@ -273,21 +294,25 @@ def _rows_of(records: np.ndarray, owners: np.ndarray) -> np.ndarray:
 
 
 def _write(
-    folder: Path, found: Sequence[Source], cfg: Data, tokenizer: "PreTrainedTokenizerFast"
+    folder: Path,
+    found: Sequence[Source],
+    cfg: Data,
+    kind: type,
+    make: Callable[[Iterator[Any]], Iterator[Chunk]],
 ) -> None:
-    """Tokenizes sources into a folder."""
+    """Tokenizes sources, whose rows are of a kind, into a folder."""
     sizes = [0] * len(found)
 
-    def examples() -> Iterator[Example | BadRow]:
+    def examples() -> Iterator[Any]:
         for index, source in enumerate(found):
-            for record in read_examples([source], cfg):
+            for record in read_examples([source], cfg, kind):
                 sizes[index] += 1
                 yield record
 
     def counted() -> Iterator[Chunk]:
         rows = tokens = 0
         with counting("tokenizing") as report:
-            for chunk in make_chunks(examples(), tokenizer, cfg):
+            for chunk in make(examples()):
                 yield chunk
                 rows += len(chunk.lengths)
                 tokens += len(chunk.tokens)

@@ -1,9 +1,10 @@
-"""What a row of data says, whatever its format was: a conversation, a preference, a label."""
+"""What a row of data says, whatever its format was: a conversation, a preference, labels."""
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 ROLES = ("system", "user", "assistant", "tool")
+Label = str | int | float
 
 
 class Message(NamedTuple):
@@ -89,17 +90,54 @@ class Rated:
 
 @dataclass(frozen=True, slots=True)
 class Classified:
-    """One text, or a pair, and its class (a name or a number) or score (a float)."""
+    """One text, or a pair, and its class (a name or a number), its classes, or its scores.
+
+    `label` is a class; a float, which is a score; or a tuple of classes, of scores or of a 0.0 or
+    1.0 for each class.
+    """
 
     texts: tuple[str, ...]
-    label: str | int | float
+    label: Label | tuple[Label, ...]
     origin: str = ""
 
 
-Parsed = Example | Preference | Rated | Classified
+@dataclass(frozen=True, slots=True)
+class Tagged:
+    """Words, each with its class (a name or a number)."""
+
+    words: tuple[str, ...]
+    tags: tuple[str | int, ...]
+    origin: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Extractive:
+    """A question and the text that holds its answer, `answer`, from character `start` on.
+
+    Without an answer `start` is -1.
+    """
+
+    question: str
+    context: str
+    answer: str
+    start: int
+    origin: str = ""
+
+
+Labelled = Classified | Tagged | Extractive
+Parsed = Example | Preference | Rated | Labelled
 KINDS: dict[type, str] = {
-    Example: "conversations",
+    Example: "conversations or texts",
     Preference: "preferences",
     Rated: "rated answers",
-    Classified: "class labels",
+    Classified: "labels of texts",
+    Tagged: "labels of words",
+    Extractive: "answers in a context",
+}
+# What the kinds of rows that are trained on are for.
+OBJECTIVES: dict[type, str] = {
+    Example: "sft",
+    Classified: "sequence_classification",
+    Tagged: "token_classification",
+    Extractive: "question_answering",
 }

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-from jaxtune.data import conversations, preferences
+from jaxtune.data import annotations, conversations, preferences
 from jaxtune.data.examples import Parsed
 from jaxtune.data.rows import Record, RowError
 from jaxtune.errors import ConfigError, DataError
@@ -49,8 +49,8 @@ FORMATS: dict[str, Format] = {
     ),
     "rated": Format((preferences.LABELS, TURNS), preferences.rated, flags=preferences.LABELS),
     "classified": Format(
-        (("label",), (*preferences.SINGLE, *(first for first, _ in preferences.PAIRS))),
-        preferences.classified,
+        (("label",), (*annotations.SINGLE, *(first for first, _ in annotations.PAIRS))),
+        annotations.classified,
     ),
     "messages": Format((("messages",),), conversations.messages),
     "sharegpt": Format((("conversations",),), conversations.sharegpt),
@@ -63,7 +63,9 @@ FORMATS: dict[str, Format] = {
     "prompt_completion": Format((("prompt",), ("completion",)), conversations.prompt_completion),
     "qa": Format((conversations.QUESTIONS, conversations.ANSWERS), conversations.qa),
     "text": Format((("text",),), conversations.text),
+    "extractive": Format((("context",), ("question",), ("answers",)), annotations.extractive),
     "document": Format((conversations.TEXTS,), conversations.document),
+    "tagged": Format((annotations.WORDS, annotations.TAGS), annotations.tagged),
 }
 
 

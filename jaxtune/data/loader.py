@@ -136,13 +136,15 @@ class Loader:
         if not self.cfg.packing and self.cfg.pad_to == "longest":
             stops = plan.pieces[first : first + count, 2]  # a row holds one example
             length = min(length, math.ceil(int(stops.max()) / LENGTH_STEP) * LENGTH_STEP)
-        own = [
-            cut_row(self.dataset.rows, plan, first + a * self.rows + row, self.cfg.isolated)
-            for a in range(accumulation)
-            for row in self.held
-        ]
-        batch = stack_rows(own, length, self.cfg.loss_weights)
-        return jax.tree.map(lambda x: x.reshape(accumulation, len(self.held), length), batch)
+        columns = self.dataset.rows.label_columns
+        passes = []
+        for start in range(first, first + count, self.rows):
+            own = [
+                cut_row(self.dataset.rows, plan, start + row, self.cfg.isolated)
+                for row in self.held
+            ]
+            passes.append(stack_rows(own, length, self.cfg.loss_weights, columns))
+        return jax.tree.map(lambda *parts: np.stack(parts), *passes)
 
 
 def make_loader(

@@ -16,6 +16,7 @@ Padding of 7473 rows of GSM8K in rows of 1024: 0.04 %, 2.9 % (in PaddleNLP's ord
 0.04 %.
 """
 
+import dataclasses
 import heapq
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -172,17 +173,25 @@ def cut_row(rows: Rows, plan: Plan, index: int, isolated: bool) -> list[TokenRow
     """The examples of a row, as one if they are not isolated; none behind the plan's end."""
     if index >= len(plan):
         return []
-    cut = [
-        TokenRow(rows[i].tokens[start:stop], rows[i].trained[start:stop])
-        for i, start, stop in plan.row(index)
-    ]
+    cut = [_piece(rows[i], start, stop) for i, start, stop in plan.row(index)]
     if isolated:
         return cut
-    return [TokenRow(*(np.concatenate(parts) for parts in zip(*cut, strict=True)))]
+    tokens = np.concatenate([row.tokens for row in cut])
+    return [TokenRow(tokens, np.concatenate([row.trained for row in cut]))]
+
+
+def _piece(row: TokenRow, start: int, stop: int) -> TokenRow:
+    """Some tokens of an example; one with labels is always whole."""
+    if row.labels is not None:
+        return row
+    return TokenRow(row.tokens[start:stop], row.trained[start:stop])
 
 
 def stack_rows(
-    rows: Sequence[Sequence[TokenRow]], length: int, loss_weights: str = "tokens"
+    rows: Sequence[Sequence[TokenRow]],
+    length: int,
+    loss_weights: str = "tokens",
+    label_columns: int = 0,
 ) -> TokenBatch:
     """Builds the arrays [B, T] of B rows, each of them a sequence of examples (may be empty).
 
@@ -193,10 +202,13 @@ def stack_rows(
         length: T.
         loss_weights: "tokens": each trained token weighs 1; "examples": those of an example share
             a weight of 1, so that the loss is a mean over examples.
+        label_columns: C, of the labels of each example; 0: there are none.
     """
     shape = (len(rows), length)
     tokens, positions, segment_ids = (np.zeros(shape, np.int32) for _ in range(3))
     weights = np.zeros(shape, np.float32)
+    labels = np.zeros((label_columns, *shape), np.float32)
+    types = np.zeros(shape, np.int32)
     for b, row in enumerate(rows):
         start = 0
         for segment, example in enumerate(row, 1):
@@ -204,8 +216,14 @@ def stack_rows(
             tokens[b, start:end] = example.tokens
             positions[b, start:end] = np.arange(end - start)
             segment_ids[b, start:end] = segment
-            trained = example.trained[1:].astype(np.float32)
+            trained = example.trained.astype(np.float32)
+            if example.labels is None or example.types is None:
+                trained[:1] = 0  # no token of its own example predicts it
+            else:
+                labels[:, b, start:end][:, example.trained] = example.labels.T
+                types[b, start:end] = example.types
             shared = max(trained.sum(), 1) if loss_weights == "examples" else 1
-            weights[b, start + 1 : end] = trained / shared
+            weights[b, start:end] = trained / shared
             start = end
-    return TokenBatch(tokens=tokens, positions=positions, segment_ids=segment_ids, weights=weights)
+    batch = TokenBatch(tokens=tokens, positions=positions, segment_ids=segment_ids, weights=weights)
+    return dataclasses.replace(batch, types=types, labels=labels) if label_columns else batch

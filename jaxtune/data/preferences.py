@@ -1,4 +1,4 @@
-"""Rows that judge answers or texts: preferences, rated answers (KTO), classes.
+"""Rows that judge answers: preferences, rated answers (KTO).
 
 Layouts are those of LLaMA-Factory (ranking, kto_tag), TRL (prompt, chosen, rejected, or an implicit
 prompt), ms-swift (rejected_response) and PaddleNLP (response, sort).
@@ -8,17 +8,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from jaxtune.data import conversations
-from jaxtune.data.examples import Classified, Message, Preference, Rated
+from jaxtune.data.examples import Message, Preference, Rated
 from jaxtune.data.fields import first_of, items_of, label_of, optional, required, text_of
-from jaxtune.data.rows import RowError, json_name
+from jaxtune.data.rows import RowError
 from jaxtune.data.turns import message_of, messages_of, tools_of
 
 CHOSEN = ("chosen", "chosen_messages")
 REJECTED = ("rejected", "rejected_messages")
 LABELS = ("kto_tag", "label")
 TURNS = ("messages", "conversations")
-SINGLE = ("text", "sentence", "review")
-PAIRS = (("sentence1", "sentence2"), ("premise", "hypothesis"), ("question", "sentence"))
 
 
 def preference(fields: dict[str, Any]) -> Preference:
@@ -118,18 +116,6 @@ def rated(fields: dict[str, Any]) -> Rated:
     layout = first_of(fields, tuple(CONVERSATIONS))
     example = CONVERSATIONS[layout](fields)
     return Rated(example.messages, good, tools=example.tools, raw=example.raw)
-
-
-def classified(fields: dict[str, Any]) -> Classified:
-    """text, or a pair of texts, and label: a class or a score."""
-    pair = next((pair for pair in PAIRS if all(name in fields for name in pair)), None)
-    texts = tuple(required(fields, name) for name in pair or (first_of(fields, SINGLE),))
-    label = fields.get("label")
-    if isinstance(label, bool):
-        label = int(label)
-    if not isinstance(label, str | int | float):
-        raise RowError("label", f"must be a class or a score, not {json_name(label)}")
-    return Classified(texts, label)
 
 
 CONVERSATIONS = {

@@ -3,14 +3,17 @@
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 from jaxtune.data import formats, sources
-from jaxtune.data.examples import KINDS, Example, Parsed
+from jaxtune.data.examples import KINDS, OBJECTIVES, Example, Parsed
 from jaxtune.data.locations import Source, files_of
 from jaxtune.data.registry import read_registry, rename, source_of
 from jaxtune.data.rows import BadRow, Record, RowError
 from jaxtune.errors import ConfigError, DataError, nearest
 from jaxtune.schema import Data
+
+Kind = TypeVar("Kind")  # of `examples.KINDS`
 
 
 def sources_of(cfg: Data, split: str) -> list[Source]:
@@ -45,32 +48,38 @@ def _column(item: str) -> tuple[str, str]:
     return ours, theirs
 
 
-def read_examples(found: Iterable[Source], cfg: Data) -> Iterator[Example | BadRow]:
+def read_examples(found: Iterable[Source], cfg: Data, kind: type[Kind]) -> Iterator[Kind | BadRow]:
     """Reads and converts the rows of all sources, one after the other.
+
+    Args:
+        found: the sources.
+        cfg: the data section of the config.
+        kind: what the rows must say, a type of `examples.KINDS`.
 
     Raises:
         DataError: a file cannot be read, or the first row of one fits no format.
-        ConfigError: data.function is none, or rows are no conversations.
+        ConfigError: data.function is none, or rows are of another kind.
     """
     for source in found:
         for file in source.files:
             rows = sources.read(file, cfg.max_line_bytes, cfg.text_rows)
-            yield from examples_of(rows, source, cfg)
+            yield from examples_of(rows, source, cfg, kind)
 
 
 def examples_of(
-    rows: Iterable[Record | BadRow], source: Source, cfg: Data
-) -> Iterator[Example | BadRow]:
-    """Converts rows of one file of a source, which must be conversations or texts.
+    rows: Iterable[Record | BadRow], source: Source, cfg: Data, kind: type[Kind]
+) -> Iterator[Kind | BadRow]:
+    """Converts rows of one file of a source, which must be of a kind.
 
     Raises:
         DataError, ConfigError: as `read_examples`.
     """
     for row in convert(rows, source, cfg):
-        if not isinstance(row, BadRow | Example):
+        if not isinstance(row, (BadRow, kind)):
             raise ConfigError(
-                f"{row.origin}: {KINDS[type(row)]} cannot be trained on by objective.name=sft - "
-                "give conversations or texts, or set data.format to what the rows are"
+                f"{row.origin}: {KINDS[type(row)]} cannot be trained on by "
+                f"objective.name={OBJECTIVES[kind]} - give {KINDS[kind]}, or set data.format to "
+                "what the rows are"
             )
         yield row
 

@@ -216,7 +216,7 @@ def _records(unit: Unit, cfg: Data) -> Iterator[Example | BadRow]:
     """Reads and converts the rows of a unit; their origin is "file@first byte of the unit:line"."""
     if unit.stop is None:
         rows = sources.read(unit.path, cfg.max_line_bytes, cfg.text_rows)
-        return examples_of(rows, unit.source, cfg)
+        return examples_of(rows, unit.source, cfg, Example)
     with unit.path.open("rb") as file:
         if unit.start:
             file.seek(unit.start - 1)
@@ -227,4 +227,4 @@ def _records(unit: Unit, cfg: Data) -> Iterator[Example | BadRow]:
             content += file.readline(cfg.max_line_bytes + 1)
     place = Path(f"{unit.path}@{unit.start}")
     rows = read_lines(place, io.BytesIO(content), cfg.max_line_bytes)
-    return examples_of(rows, unit.source, cfg)
+    return examples_of(rows, unit.source, cfg, Example)

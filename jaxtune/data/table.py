@@ -1,13 +1,16 @@
 """Tokenized rows in flat arrays, in memory or mapped from files larger than it.
 
-A table in files is a folder: `tokens.bin` and `trained.bin` hold the rows one after the other, the
-`.npy` files one entry for each row or record, and `meta.json` what is known of the whole.
+A table in files is a folder: `tokens.bin` and `trained.bin` (with labels also `types.bin` and
+`labels.bin`) hold the rows one after the other, the `.npy` files one entry for each row or record,
+and `meta.json` what is known of the whole.
 """
 
+import dataclasses
 import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +21,7 @@ from jaxtune.data.batch import TokenRow
 
 META = "meta.json"
 TOKEN, FLAG = np.dtype("<i4"), np.dtype(bool)
+TYPE, LABEL = np.dtype(np.uint8), np.dtype("<f4")
 
 
 class Chunk(NamedTuple):
@@ -32,6 +36,8 @@ class Chunk(NamedTuple):
         counts: int64 [E, C], for each record what became of it (`chunks.COUNTED`).
         bad: records that could not be used, and why.
         overlong: rows that are refused because they are too long.
+        types: uint8 [N], which text of a pair a token belongs to; with labels only.
+        labels: float32 [M, C], of all trained tokens (see `TokenRow`); with labels only.
     """
 
     tokens: np.ndarray
@@ -42,6 +48,23 @@ class Chunk(NamedTuple):
     counts: np.ndarray
     bad: list[str]
     overlong: list[str]
+    types: np.ndarray = np.empty(0, TYPE)
+    labels: np.ndarray = np.empty((0, 0), LABEL)
+
+
+@dataclass(frozen=True, eq=False)
+class RowLabels:
+    """What rows with labels have besides their tokens.
+
+    Attributes:
+        types: uint8 [N], of all tokens.
+        labels: float32 [M, C], of all tokens that have one.
+        starts: int64 [R], where the labels of each row begin.
+    """
+
+    types: np.ndarray
+    labels: np.ndarray
+    starts: np.ndarray
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +76,7 @@ class TokenTable:
         starts: int64 [R], where each row begins in them.
         lengths: int64 [R], tokens of each row.
         room: places of a prompt before each row, which the arrays do not hold.
+        labelled: what rows with labels have besides; None: they have none.
     """
 
     tokens: np.ndarray
@@ -60,6 +84,12 @@ class TokenTable:
     starts: np.ndarray
     lengths: np.ndarray
     room: int = 0
+    labelled: RowLabels | None = None
+
+    @property
+    def label_columns(self) -> int:
+        """Numbers of a token's label; 0: there are no labels."""
+        return 0 if self.labelled is None else self.labelled.labels.shape[1]
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -68,6 +98,11 @@ class TokenTable:
         start = self.starts[index]
         stop = start + self.lengths[index]
         row = TokenRow(self.tokens[start:stop], self.trained[start:stop])
+        if self.labelled is not None:
+            first = self.labelled.starts[index]
+            last = first + np.count_nonzero(row.trained)
+            labels = self.labelled.labels[first:last]
+            return row._replace(types=self.labelled.types[start:stop], labels=labels)
         if not self.room:
             return row
         room = np.zeros(self.room, np.int32)
@@ -75,7 +110,12 @@ class TokenTable:
 
     def select(self, rows: np.ndarray) -> "TokenTable":
         """The table of some rows, given as bool [R] or indices."""
-        return TokenTable(self.tokens, self.trained, self.starts[rows], self.lengths[rows])
+        own = self.labelled
+        if own is not None:
+            own = dataclasses.replace(own, starts=own.starts[rows])
+        return TokenTable(
+            self.tokens, self.trained, self.starts[rows], self.lengths[rows], labelled=own
+        )
 
 
 def table_of(rows: Iterable[TokenRow]) -> TokenTable:
@@ -129,24 +169,25 @@ def write(folder: Path, chunks: Iterable[Chunk], sizes: Callable[[], Sequence[in
         chunks: of all sources, one after the other.
         sizes: records of each source, asked for after the last chunk.
     """
-    digest, highest, num_records, num_tokens = hashlib.sha256(), -1, 0, 0
+    digest, highest, num_records, label_columns = hashlib.sha256(), -1, 0, 0
     columns: dict[str, list[np.ndarray]] = {name: [] for name in _COLUMNS}
-    with (folder / "tokens.bin").open("wb") as tokens, (folder / "trained.bin").open("wb") as flags:
+    with ExitStack() as stack:
+        files = {name: stack.enter_context((folder / f"{name}.bin").open("wb")) for name in _FLAT}
         for chunk in chunks:
-            parts = [chunk.tokens.astype(TOKEN), chunk.trained.astype(FLAG), chunk.lengths]
-            for part in parts:
+            for name, dtype in _FLAT.items():
+                part = getattr(chunk, name).astype(dtype)
                 digest.update(part.tobytes())
-            parts[0].tofile(tokens)
-            parts[1].tofile(flags)
+                part.tofile(files[name])
+            digest.update(chunk.lengths.tobytes())
             chunk = chunk._replace(owners=chunk.owners + num_records)
             for name, column in columns.items():
                 column.append(getattr(chunk, name))
             highest = max(highest, int(chunk.tokens.max(initial=-1)))
             num_records += len(chunk.counts)
-            num_tokens += len(chunk.tokens)
+            label_columns = max(label_columns, chunk.labels.shape[1])
     for name, column in columns.items():
         np.save(folder / f"{name}.npy", np.concatenate(column))
-    meta = {"highest": highest, "digest": digest.hexdigest(), "tokens": num_tokens}
+    meta = {"highest": highest, "digest": digest.hexdigest(), "label_columns": label_columns}
     meta["sizes"] = list(sizes())
     (folder / META).write_text(json.dumps(meta))
     for file in folder.iterdir():
@@ -154,8 +195,10 @@ def write(folder: Path, chunks: Iterable[Chunk], sizes: Callable[[], Sequence[in
             os.fsync(written.fileno())
 
 
+# What is mapped, and its dtypes; types and labels are empty where there are no labels.
+_FLAT = {"tokens": TOKEN, "trained": FLAG, "types": TYPE, "labels": LABEL}
 _COLUMNS = ("lengths", "targets", "owners", "counts")
-_KNOWN = {"highest", "digest", "tokens", "sizes"}  # fields of META
+_KNOWN = {"highest", "digest", "label_columns", "sizes"}  # fields of META
 
 
 def read(folder: Path) -> Tokenized:
@@ -171,12 +214,21 @@ def read(folder: Path) -> Tokenized:
         columns = {name: np.load(folder / f"{name}.npy", allow_pickle=False) for name in _COLUMNS}
     except EOFError as error:  # an empty file
         raise ValueError(f"{folder}: a column is damaged: {error}") from error
-    lengths = columns.pop("lengths")
+    lengths, targets, width = columns.pop("lengths"), columns["targets"], meta["label_columns"]
+    count = int(lengths.sum())
+    sizes = {"tokens": count, "trained": count}
+    sizes |= {"types": count if width else 0, "labels": int(targets.sum()) * width}
+    flat = {name: _map(folder / f"{name}.bin", _FLAT[name], size) for name, size in sizes.items()}
+    labelled = None
+    if width:
+        labels = flat["labels"].reshape(-1, width)
+        labelled = RowLabels(flat["types"], labels, np.cumsum(targets) - targets)
     table = TokenTable(
-        _map(folder / "tokens.bin", TOKEN, meta["tokens"]),
-        _map(folder / "trained.bin", FLAG, meta["tokens"]),
+        flat["tokens"],
+        flat["trained"],
         np.cumsum(lengths) - lengths,
         lengths,
+        labelled=labelled,
     )
     known = {"highest": meta["highest"], "digest": meta["digest"], "sizes": tuple(meta["sizes"])}
     return Tokenized(table, **known, **columns)

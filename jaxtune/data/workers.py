@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, TypeVar
 
 from jaxtune.data.chunks import make_chunk
 from jaxtune.data.examples import Example
@@ -24,6 +24,8 @@ from jaxtune.data.table import Chunk
 from jaxtune.data.tokenize import Chat, chat_of
 from jaxtune.errors import DataError
 from jaxtune.schema import Data
+
+T = TypeVar("T")
 
 BATCH = 512  # records tokenized together
 ALONE = 16  # batches before workers are worth their start of a few seconds
@@ -62,9 +64,9 @@ def make_chunks(records: Iterator[Example | BadRow], tokenizer: Any, cfg: Data) 
             yield waiting.popleft().result()
 
 
-def batches_of(records: Iterator[Example | BadRow]) -> Iterator[list[Example | BadRow]]:
+def batches_of(records: Iterator[T]) -> Iterator[list[T]]:
     """Lists of `BATCH` records; the last one may be shorter, or empty."""
-    batch: list[Example | BadRow] = []
+    batch: list[T] = []
     for record in records:
         batch.append(record)
         if len(batch) == BATCH:

@@ -20,6 +20,8 @@ from jaxtune.infer import engine
 from jaxtune.infer.base import Base, open_base
 from jaxtune.infer.sampling import make_sampling
 from jaxtune.infer.text import cut, settled
+from jaxtune.models import read_config
+from jaxtune.models.heads import head_of
 from jaxtune.sharding.mesh import make_mesh
 from jaxtune.tree import Params, Skeleton
 
@@ -209,7 +211,7 @@ def load(
 
     Raises:
         WeightError: the model, its tokenizer or the adapter is missing, damaged or does not fit.
-        ConfigError: an option is wrong.
+        ConfigError: an option is wrong, or the model is no language model.
     """
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"dtype={dtype!r} - use one of {', '.join(DTYPES)}")
@@ -217,6 +219,14 @@ def load(
     source = str(tokenizer or checkpoint.tokenizer_source)
     loaded = data.load_tokenizer(source, template=template, enable_thinking=enable_thinking)
     mesh = make_mesh({"data": 1}, jax.devices()[:1]) if mesh is None else mesh
+    if (
+        head_of(checkpoint.config) is not None
+        or not read_config(checkpoint.config, checkpoint.name)[1].causal
+    ):
+        raise ConfigError(
+            f"{checkpoint.name} predicts no next tokens: it is an encoder, or has a head for "
+            "labels - open it with transformers, or give a language model"
+        )
     base = open_base(checkpoint, dtype, mesh)
     folders: Mapping[str, str | Path] = {}
     chosen = None

@@ -6,14 +6,17 @@ from types import ModuleType
 from typing import Any
 
 from jaxtune.errors import WeightError
+from jaxtune.models import heads
 
 # Hugging Face model_type -> module in this folder.
 FAMILIES = {
     "baichuan": "baichuan",
+    "bert": "bert",
     "bloom": "bloom",
     "chatglm": "chatglm",
     "deepseek_v2": "deepseek_v2",
     "deepseek_v3": "deepseek_v3",
+    "electra": "electra",
     "falcon": "falcon",
     "gemma": "gemma",
     "gemma2": "gemma2",
@@ -38,6 +41,7 @@ FAMILIES = {
     "qwen2_moe": "qwen2_moe",
     "qwen3": "qwen3",
     "qwen3_moe": "qwen3_moe",
+    "roberta": "roberta",
     "stablelm": "stablelm",
 }
 
@@ -61,14 +65,21 @@ def sized(model_type: str, size: str) -> dict[str, Any]:
     return {**sizes[size]}
 
 
-def read_config(hf: Mapping[str, Any], name: str) -> tuple[ModuleType, Any]:
-    """The family's module and its config, from a model's config.json.
+def read_config(hf: Mapping[str, Any], name: str) -> tuple[Any, Any]:
+    """The family and its config, from a model's config.json.
+
+    Returns:
+        The family's module, or what stands for it where the model has a head for labels
+        (`heads.Headed`), and the config.
 
     Raises:
         WeightError: the family is unknown, or the file lacks a field that it needs.
+        ConfigError: the family has no head for such labels.
     """
     module = family(hf.get("model_type"))
     try:
-        return module, module.Config.from_hf(hf)
+        config = module.Config.from_hf(hf)
     except KeyError as error:
         raise WeightError(f"{name}: config.json has no {error} - is it complete?") from error
+    head = heads.head_of(hf)
+    return (module, config) if head is None else heads.headed(module, config, head)

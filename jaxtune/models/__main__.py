@@ -7,11 +7,10 @@ python -m jaxtune.models mistral      one family, with the shapes of its sizes
 import argparse
 import inspect
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jaxtune import models
 from jaxtune.errors import run_command
-from jaxtune.models.decoder import DecoderConfig
 
 
 class Family(NamedTuple):
@@ -47,10 +46,10 @@ def _family(name: str) -> Family:
     return Family(name, about, _positions(config), tuple(fused), tuple(module.SIZES))
 
 
-def _positions(config: DecoderConfig) -> str:
+def _positions(config: Any) -> str:
     kinds = set(config.layer_kinds)
     if config.position_rows:
-        return "learned"
+        return "learned" if config.causal else "learned; an encoder"
     if config.alibi is not None:
         return "ALiBi"
     turned = {kind.rope.head_dim for kind in kinds if kind.rope}

@@ -57,6 +57,7 @@ class AttentionConfig:
         has_sinks: whether each head has a sink, which is learnt (see `ops.attention.Extras`).
         latent: ranks and parts of heads, if keys and values come from one latent vector (see
             `nn.latent`); `head_dim` is that of queries and keys.
+        causal: whether later tokens are hidden.
     """
 
     hidden_size: int
@@ -73,10 +74,11 @@ class AttentionConfig:
     alibi: tuple[float, ...] | None = None
     has_sinks: bool = False
     latent: LatentConfig | None = None
+    causal: bool = True
 
 
 class Segments(NamedTuple):
-    """Which tokens see each other: those of equal ids, earlier ones only. None: all are equal.
+    """Which tokens see each other: those of equal ids. None: all are equal.
 
     Attributes:
         queries: int32 ids of the tokens [B, T].
@@ -124,7 +126,7 @@ class Attention(nnx.Module):
         slots: jax.Array | None = None,
         window: int | None = None,
     ) -> tuple[jax.Array, KeysValues | None]:
-        """Attends causally within segments.
+        """Attends within segments, to earlier tokens only if the model is causal.
 
         Args:
             x: [B, T, D].
@@ -146,7 +148,7 @@ class Attention(nnx.Module):
             *(q, k, v, rope, segments, past),
             policy=self.policy,
             slots=slots,
-            window=window,
+            mask=Mask(causal=self.config.causal, window=window),
             extras=self._extras(),
         )
         return self.o_proj(y.reshape(b, t, -1)), new
@@ -176,7 +178,7 @@ def mixed(
     *,
     policy: Policy,
     slots: jax.Array | None,
-    window: int | None,
+    mask: Mask,
     extras: dict[str, Any],
 ) -> tuple[jax.Array, KeysValues | None]:
     """Attention of heads that are not rotated yet; other arguments as of `Attention`.
@@ -184,6 +186,7 @@ def mixed(
     Args:
         q: [B, T, N, H].
         k, v: [B, T, K, H].
+        mask: without segments; that of a cache is always causal.
         extras: `scale`, `softcap`, `alibi` and `sinks` of `ops.attention.Extras`.
 
     Returns:
@@ -191,7 +194,7 @@ def mixed(
     """
     if past.cache is None:
         attend = functools.partial(
-            _attend, segments=segments, window=window, policy=policy, extras=extras
+            _attend, segments=segments, mask=mask, policy=policy, extras=extras
         )
         wrapped = jax.checkpoint(attend) if policy.remat == "attention" else attend
         return wrapped(q, k, v, rope, past.prefix), None
@@ -204,7 +207,7 @@ def mixed(
         (past.prefix, past.cache),
         segments=segments[:2],  # pyright: ignore[reportArgumentType]
         slots=slots,
-        window=window,
+        window=mask.window,
         softmax_dtype=policy.softmax_dtype,
         **extras,
     )
@@ -219,17 +222,20 @@ def _attend(
     prefix: KeysValues | None,
     *,
     segments: Segments,
-    window: int | None,
+    mask: Mask,
     policy: Policy,
     extras: dict[str, Any],
 ) -> jax.Array:
-    mask = Mask(window=window, query_segments=segments.queries, key_segments=segments.keys)
+    given = mask
+    mask = dataclasses.replace(given, query_segments=segments.queries, key_segments=segments.keys)
     q, k = _rotated(q, rope), _rotated(k, rope)
     if prefix is not None:
         k, v, mask = _behind(prefix, k, v, mask)
     if segments.shifted is None:
         return attend(q, k, v, mask, policy, **extras)
-    shifted = Mask(window=window, query_segments=segments.shifted, key_segments=segments.shifted)
+    shifted = dataclasses.replace(
+        given, query_segments=segments.shifted, key_segments=segments.shifted
+    )
     halves = []
     for i, own in enumerate((mask, shifted)):
         numbers: dict[str, Any] = {

@@ -19,6 +19,7 @@ from jaxtune.nn.cache import KeysValues, Past
 from jaxtune.nn.linear import Linear
 from jaxtune.nn.norm import RMSNorm
 from jaxtune.nn.params import Policy
+from jaxtune.ops.attention import Mask
 
 _EPS = 1e-6  # of the latent vectors' norms, whatever the model's
 
@@ -85,7 +86,7 @@ class LatentAttention(nnx.Module):
             past,
             policy=self.policy,
             slots=slots,
-            window=window,
+            mask=Mask(window=window),
             extras={"scale": c.scale, "softcap": None, "alibi": None, "sinks": None},
         )
         return self.o_proj(y[..., : latent.value_dim].reshape(b, t, -1)), new

@@ -17,6 +17,10 @@ class AdapterParam(nnx.Param):
     """A trainable parameter that an adapter adds to the model."""
 
 
+class HeadParam(nnx.Param):
+    """A parameter of a head for labels, which trains with every method."""
+
+
 class AdapterConstant(nnx.Variable):
     """A number that belongs to an adapter and is not trained (its scale)."""
 

@@ -4,8 +4,24 @@ Sums, never means: the step divides once, after all micro-batches and devices ha
 packing, accumulation and data parallelism change nothing.
 """
 
+from collections.abc import Callable
 from types import MappingProxyType
+from typing import Any
 
+import jax
+
+from jaxtune.objectives.classification import classification
+from jaxtune.objectives.question_answering import question_answering
 from jaxtune.objectives.sft import sft
 
-OBJECTIVES = MappingProxyType({"sft": sft})
+# (model, batch) -> the sum, and other sums by name
+Objective = Callable[[Any, Any], tuple[jax.Array, dict[str, jax.Array]]]
+
+OBJECTIVES = MappingProxyType(
+    {
+        "sft": sft,
+        "sequence_classification": classification,
+        "token_classification": classification,
+        "question_answering": question_answering,
+    }
+)

@@ -19,6 +19,7 @@ from jaxtune import quant
 from jaxtune.errors import ConfigError
 from jaxtune.nn.experts import ExpertLinear
 from jaxtune.nn.linear import layer_names, linears
+from jaxtune.nn.params import HeadParam
 from jaxtune.peft import (
     adalora,
     badam,
@@ -47,7 +48,7 @@ from jaxtune.peft.base import EMBEDDING, Adapters, Turns, common, weight_name
 from jaxtune.peft.split import Start
 from jaxtune.peft.targets import Targets, choose
 from jaxtune.quant import QArray
-from jaxtune.tree import flatten
+from jaxtune.tree import flatten, path_name
 
 __all__ = [
     "METHODS",
@@ -186,7 +187,8 @@ def choose_adapters(model: Any, section: Any) -> Adapters:
     if beside.Saved in method.READS:
         taken = {**choice, **rows}
         saved = beside.choose_saved(names, section.modules_to_save, taken, model.stacks)
-        if "embed.table" in saved and model.lm_head is None:
+        saved |= {path_name(path) for path, _ in nnx.to_flat_state(nnx.state(model, HeadParam))}
+        if "embed.table" in saved and model.config.tie_embeddings:
             raise ConfigError(
                 "config.peft.modules_to_save: embed is tied to the output head, of which PEFT "
                 "would train a copy - use peft.method=full, or leave embed out"

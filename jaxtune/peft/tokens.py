@@ -114,7 +114,7 @@ def attach(model: Any, adapters: base.Adapters) -> None:
     """Puts trained rows into the slots of the embedding and the head."""
     for path, (rows,) in adapters.rows.items():
         layer = model.embed if path == EMBEDDING else model.lm_head
-        layer.adapter = nnx.data(TokenRows(rows, model.config.hidden_size))
+        layer.adapter = nnx.data(TokenRows(rows, model.embed.table.get_value().shape[-1]))
 
 
 def first(rows: Rows, weight: jax.Array) -> jax.Array:

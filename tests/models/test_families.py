@@ -139,7 +139,8 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "qwen3_moe": {"biases": {"attention_bias": True, "norm_topk_prob": False}},
 }
-CASES = [(name, variant) for name in models.FAMILIES for variant in ("tiny", *VARIANTS[name])]
+# Encoders are in test_heads.py.
+CASES = [(name, variant) for name in VARIANTS for variant in ("tiny", *VARIANTS[name])]
 
 
 def config_of(name: str, variant: str) -> dict[str, Any]:
@@ -318,6 +319,7 @@ def test_tables_are_complete_and_sizes_are_read(name: str):
     for fields in (family.TINY, *family.SIZES.values()):
         config = family.Config.from_hf(fields)
         assert config.num_layers == len(config.layer_kinds)
+        assert config.causal == (name in VARIANTS)
         rows = family.weights(config)
         for tensor in {row.hf for row in rows if row.columns is not None}:
             joined = np.concatenate([row.columns for row in rows if row.hf == tensor])

@@ -1,0 +1,112 @@
+"""A checkpoint with a head for labels in place of the head in its files."""
+
+import dataclasses
+import re
+import zlib
+from typing import Any
+
+import numpy as np
+from flax import nnx
+
+from jaxtune import models, tree
+from jaxtune.checkpoint.hf import places, stored_shape
+from jaxtune.checkpoint.tensors import Checkpoint, TensorInfo
+from jaxtune.errors import ConfigError
+from jaxtune.models.heads import PATH, PROBLEMS, SPAN, TASKS, Head, Headed, head_of
+from jaxtune.nn.params import Policy
+
+# Heads of pretraining and of other tasks, and what pools for them.
+_OF_HEADS = re.compile(
+    r"(cls|lm_head|classifier|score|qa_outputs|generator_\w+|discriminator_\w+|\w+\.pooler)\..+"
+)
+_OF_LABELS = ("id2label", "label2id", "problem_type")  # of config.json
+_STD = 0.02  # of new matrices: the `initializer_range` of nearly all models
+
+
+def with_head(checkpoint: Checkpoint, objective: Any, seed: int) -> Checkpoint:
+    """The model with the head that an objective needs.
+
+    The head of its files is kept if it tells the same labels apart. Else it is new: normal
+    matrices, biases of zero; a pooler is taken from the files where they have one.
+
+    Args:
+        checkpoint: the model.
+        objective: config.objective, with its labels.
+        seed: of a new head.
+
+    Raises:
+        ConfigError: the model cannot have this objective, or the labels are unknown.
+    """
+    if objective.name not in TASKS:
+        _require_language_model(checkpoint, objective.name)
+        return checkpoint
+    head = wanted_head(objective)
+    if head == head_of(checkpoint.config):
+        return checkpoint
+    family = models.family(checkpoint.config.get("model_type"))
+    config = {k: v for k, v in checkpoint.config.items() if k not in _OF_LABELS}
+    config |= head.fields(family)
+    headed, model_config = models.read_config(config, checkpoint.name)
+    pooler = headed.form.pooler
+    new = {
+        name: shape
+        for name, shape in _shapes(headed, model_config).items()
+        if name not in checkpoint.tensors or name.rpartition(".")[0] != pooler
+    }
+    rows = family.weights(model_config)
+    replaced = {row.hf for row in rows if row.ours.startswith("lm_head.")}
+    kept = {
+        name: info
+        for name, info in checkpoint.tensors.items()
+        if name.rpartition(".")[0] == pooler
+        or (name not in replaced and not _OF_HEADS.fullmatch(name))
+    }
+
+    def read(name: str) -> np.ndarray:
+        if name not in new:
+            return checkpoint.read(name)
+        if len(new[name]) == 1:
+            return np.zeros(new[name], np.float32)
+        random = np.random.default_rng([seed, zlib.crc32(name.encode())])
+        return random.normal(0, _STD, new[name]).astype(np.float32)
+
+    float32 = np.dtype(np.float32)
+    tensors = kept | {name: TensorInfo(shape, float32) for name, shape in new.items()}
+    return dataclasses.replace(checkpoint, config=config, tensors=tensors, read=read)
+
+
+def wanted_head(objective: Any) -> Head:
+    """The head that config.objective asks for; ConfigError if it does not say of which labels."""
+    if objective.name == "question_answering":
+        return Head(objective.name, SPAN)
+    if not objective.labels:
+        raise ConfigError(
+            f"config.objective.labels is empty, and objective.name={objective.name} needs to know "
+            "how many there are before it reads data - name them"
+        )
+    problem = PROBLEMS[0] if objective.problem_type == "auto" else objective.problem_type
+    return Head(objective.name, objective.labels, problem)
+
+
+def _shapes(headed: Headed, model_config: Any) -> dict[str, tuple[int, ...]]:
+    """Shapes of the head's tensors, by Hugging Face's names."""
+    head = tree.describe(lambda: headed.label_head(model_config, Policy(), nnx.Rngs(0)))
+    abstract = {f"{PATH}.{name}": leaf for name, leaf in head.abstract().items()}
+    found = places(headed.weights(model_config), abstract, ())
+    return {name: stored_shape(parts) for name, parts in found.items()}
+
+
+def _require_language_model(checkpoint: Checkpoint, objective: str) -> None:
+    """Raises ConfigError unless the model predicts next tokens."""
+    stored = head_of(checkpoint.config)
+    if stored is not None:
+        raise ConfigError(
+            f"config.objective.name={objective}: {checkpoint.name} has a head for labels - set "
+            f"objective.name={stored.task}, or take the model that it was made from"
+        )
+    if not models.read_config(checkpoint.config, checkpoint.name)[1].causal:
+        raise ConfigError(
+            f"config.objective.name={objective}: {checkpoint.name} is an encoder, whose tokens see "
+            f"later ones, so there is no next token to learn - set objective.name to one of "
+            f"{', '.join(TASKS)}"
+        )
