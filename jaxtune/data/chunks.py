@@ -54,6 +54,17 @@ def make_chunk(records: Sequence[Example | BadRow], chat: Chat, cfg: Data) -> Ch
         count["unended"] = int(bool(usable) and not chat.is_ended(made[-1]))
         rows += usable
         owners += [owner] * len(usable)
+    return joined(rows, owners, counts, bad, overlong)
+
+
+def joined(
+    rows: Sequence[TokenRow],
+    owners: Sequence[int],
+    counts: Sequence[dict[str, int]],
+    bad: list[str],
+    overlong: list[str],
+) -> Chunk:
+    """The chunk of some records' rows; see `Chunk`."""
     return Chunk(
         tokens=np.concatenate([np.empty(0, TOKEN), *(row.tokens for row in rows)]),
         trained=np.concatenate([np.empty(0, FLAG), *(row.trained for row in rows)]),

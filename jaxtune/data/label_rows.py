@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from jaxtune.data.batch import TokenRow
-from jaxtune.data.chunks import COUNTED
+from jaxtune.data.chunks import COUNTED, joined
 from jaxtune.data.examples import Classified, Extractive, Labelled, Tagged
 from jaxtune.data.labelling import Labelling
 from jaxtune.data.rows import BadRow, RowError
-from jaxtune.data.table import FLAG, LABEL, TOKEN, TYPE, Chunk
+from jaxtune.data.table import LABEL, TYPE, Chunk
 from jaxtune.data.workers import batches_of
 from jaxtune.schema import Data
 
@@ -86,17 +86,7 @@ def _chunk(
             continue
         rows.append(_row(encoding, marks))
         owners.append(owner)
-    return Chunk(
-        tokens=np.concatenate([np.empty(0, TOKEN), *(row.tokens for row in rows)]),
-        trained=np.concatenate([np.empty(0, FLAG), *(row.trained for row in rows)]),
-        lengths=np.array([len(row.tokens) for row in rows], np.int64),
-        targets=np.array([np.count_nonzero(row.trained) for row in rows], np.int64),
-        owners=np.array(owners, np.int64),
-        counts=np.array([list(count.values()) for count in counts], np.int64).reshape(
-            -1, len(COUNTED)
-        ),
-        bad=bad,
-        overlong=overlong,
+    return joined(rows, owners, counts, bad, overlong)._replace(
         types=np.concatenate([np.empty(0, TYPE), *(np.asarray(row.types) for row in rows)]),
         labels=np.concatenate(
             [np.empty((0, labelling.columns), LABEL), *(np.asarray(row.labels) for row in rows)]

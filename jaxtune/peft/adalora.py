@@ -79,7 +79,7 @@ def configure(config: Config, layers: patterns.Layers) -> dict[str, Layer]:
     return {name: Layer(kept.get(name, (True,) * config.rank), scale) for name in layers}
 
 
-class AdaLoRA(nnx.Module):
+class AdaLoRA(base.LowRank):
     """The adapter of one linear layer, or of a stack of them."""
 
     def __init__(self, linear: Linear, configs: Sequence[Layer | None], config: Config):
@@ -92,18 +92,9 @@ class AdaLoRA(nnx.Module):
         self.scale = base.constant(linear)
         self.key = nnx.data(None)
 
-    def __call__(self, x: jax.Array, linear: Linear) -> jax.Array:
-        a = self.a.get_value()
-        b = (self.e.get_value() * self.scale.get_value())[:, None] * self.b.get_value()
-        if self.key is None:
-            return linear.adapt(x, a, b)
-        noisy = base.dropped(x, self.dropout, self.key)
-        return linear.project(x) + linear.low_rank(noisy, a, b)
-
-    def seed(self, key: jax.Array, index: int) -> None:
-        """Gives the layer its own key, if it has dropout."""
-        if self.dropout:
-            self.key = base.layer_key(key, index, self.scale.get_value().shape)
+    def low_rank(self) -> tuple[jax.Array, jax.Array]:
+        e = self.e.get_value() * self.scale.get_value()
+        return self.a.get_value(), e[:, None] * self.b.get_value()
 
 
 def attach(model: nnx.Module, adapters: base.Adapters) -> None:

@@ -215,6 +215,40 @@ def dropped(x: jax.Array, rate: float, key: SeedKey) -> jax.Array:
     return jnp.where(keep, x / (1 - rate), 0)
 
 
+class Dropping(nnx.Module):
+    """What goes into a slot and drops inputs while it trains.
+
+    Attributes:
+        dropout: the rate.
+        scale: of each layer.
+        key: what is dropped follows from it; None: nothing is.
+    """
+
+    dropout: float
+    scale: AdapterConstant
+    key: Any
+
+    def seed(self, key: jax.Array, index: int) -> None:
+        """Gives the layer its own key, if it has dropout."""
+        if self.dropout:
+            self.key = layer_key(key, index, self.scale.get_value().shape)
+
+
+class LowRank(Dropping):
+    """A layer plus a product of low rank."""
+
+    def low_rank(self) -> tuple[jax.Array, jax.Array]:
+        """A [..., D_in, R] and s B [..., R, D_out]; of experts with an axis over them."""
+        raise NotImplementedError
+
+    def __call__(self, x: jax.Array, linear: Linear) -> jax.Array:
+        a, b = self.low_rank()
+        if self.key is None:
+            return linear.adapt(x, a, b)
+        noisy = dropped(x, self.dropout, self.key)
+        return linear.project(x) + linear.low_rank(noisy, a, b)
+
+
 # What PEFT writes of the model for every prompt, and finds out itself where it is missing.
 PROMPT_DEFAULTS = {
     "modules_to_save": None,

@@ -39,7 +39,7 @@ FROM_KERNEL = ("magnitude", "norm")
 configure = patterns.configure
 
 
-class DoRA(nnx.Module):
+class DoRA(base.Dropping):
     """The adapter of one linear layer, or of a stack of them."""
 
     def __init__(self, linear: Linear, configs: Sequence[Config | None], config: Config):
@@ -68,11 +68,6 @@ class DoRA(nnx.Module):
         a, b = jax.lax.stop_gradient((a, b))
         cross = 2 * linear.product(a.T, weight) + (a.T @ a) @ b
         return jnp.sqrt(self.norm.get_value() ** 2 + (b * cross).sum(axis=0))
-
-    def seed(self, key: jax.Array, index: int) -> None:
-        """Gives the layer its own key, if it has dropout."""
-        if self.dropout:
-            self.key = base.layer_key(key, index, self.scale.get_value().shape)
 
 
 def attach(model: nnx.Module, adapters: base.Adapters) -> None:

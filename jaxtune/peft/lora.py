@@ -53,7 +53,7 @@ EXPERTS = True
 configure = patterns.configure
 
 
-class LoRA(nnx.Module):
+class LoRA(base.LowRank):
     """The adapter of one linear layer, or of a stack of them."""
 
     def __init__(self, linear: Linear, configs: Sequence[Config | None], config: Config):
@@ -67,24 +67,13 @@ class LoRA(nnx.Module):
         self.key = nnx.data(None)
 
     def low_rank(self) -> tuple[jax.Array, jax.Array]:
-        """A [..., D_in, R] and s B [..., R, D_out]; of experts with an axis over them."""
         return self.a.get_value(), self.b.get_value() * self.scale.get_value()[..., None, None]
 
     def __call__(self, x: jax.Array, linear: Linear) -> jax.Array:
-        a, b = self.low_rank()
-        if self.key is None:
-            y = linear.adapt(x, a, b)
-        else:
-            noisy = base.dropped(x, self.dropout, self.key)
-            y = linear.project(x) + linear.low_rank(noisy, a, b)
+        y = super().__call__(x, linear)
         if self.bias is None:
             return y
         return y + (self.bias.get_value() * self.scale.get_value()).astype(y.dtype)
-
-    def seed(self, key: jax.Array, index: int) -> None:
-        """Gives the layer its own key, if it has dropout."""
-        if self.dropout:
-            self.key = base.layer_key(key, index, self.scale.get_value().shape)
 
 
 def pair(linear: Linear, configs: Sequence[Any]) -> tuple[AdapterParam, AdapterParam]:

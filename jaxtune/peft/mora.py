@@ -59,7 +59,7 @@ def configure(config: Config, layers: Layers) -> dict[str, Layer]:
     return {name: Layer(s - s % 2 if even else s, config.mora_type) for name, s in sizes.items()}
 
 
-class MoRA(nnx.Module):
+class MoRA(base.Dropping):
     """The adapter of one linear layer, or of a stack of them."""
 
     def __init__(self, linear: Linear, configs: Sequence[Layer | None], config: Config):
@@ -77,11 +77,6 @@ class MoRA(nnx.Module):
         noisy = constrained(noisy, TOKENS, mesh)
         added = change(noisy, matrix, self.layer.mora_type, y.shape[-1])
         return y + constrained(added, TOKENS, mesh)
-
-    def seed(self, key: jax.Array, index: int) -> None:
-        """Gives the layer its own key, if it has dropout."""
-        if self.dropout:
-            self.key = base.layer_key(key, index, self.scale.get_value().shape)
 
 
 def change(x: jax.Array, matrix: jax.Array, mora_type: str, d_out: int) -> jax.Array:

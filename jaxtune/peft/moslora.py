@@ -33,7 +33,7 @@ READS = (Config, Targets, Saved, Biases)
 configure = patterns.configure
 
 
-class MoSLoRA(nnx.Module):
+class MoSLoRA(base.LowRank):
     """The adapter of one linear layer, or of a stack of them."""
 
     def __init__(self, linear: Linear, configs: Sequence[Config | None], config: Config):
@@ -44,18 +44,9 @@ class MoSLoRA(nnx.Module):
         self.scale = base.constant(linear)
         self.key = nnx.data(None)
 
-    def __call__(self, x: jax.Array, linear: Linear) -> jax.Array:
-        a = self.a.get_value()
-        b = self.mixer.get_value() @ (self.b.get_value() * self.scale.get_value())
-        if self.key is None:
-            return linear.adapt(x, a, b)
-        noisy = base.dropped(x, self.dropout, self.key)
-        return linear.project(x) + linear.low_rank(noisy, a, b)
-
-    def seed(self, key: jax.Array, index: int) -> None:
-        """Gives the layer its own key, if it has dropout."""
-        if self.dropout:
-            self.key = base.layer_key(key, index, self.scale.get_value().shape)
+    def low_rank(self) -> tuple[jax.Array, jax.Array]:
+        b = self.b.get_value() * self.scale.get_value()
+        return self.a.get_value(), self.mixer.get_value() @ b
 
 
 def attach(model: nnx.Module, adapters: base.Adapters) -> None:

@@ -73,7 +73,7 @@ def projections(layer: Layer) -> tuple[np.ndarray, np.ndarray]:
     return a, draw(layer.widest_out, layer.config.rank)
 
 
-class VeRA(nnx.Module):
+class VeRA(base.Dropping):
     """The adapter of one linear layer, or of a stack of them."""
 
     def __init__(self, linear: Linear, configs: Sequence[Layer | None], config: Config):
@@ -95,11 +95,6 @@ class VeRA(nnx.Module):
         factor = (self.b.get_value() * self.scale.get_value()).astype(x.dtype)
         inner = ops.dot(noisy, a.astype(x.dtype), x.dtype) * d
         return linear.project(x) + ops.dot(inner, b.astype(x.dtype), x.dtype) * factor
-
-    def seed(self, key: jax.Array, index: int) -> None:
-        """Gives the layer its own key, if it has dropout."""
-        if self.dropout:
-            self.key = base.layer_key(key, index, self.scale.get_value().shape)
 
 
 def attach(model: nnx.Module, adapters: base.Adapters) -> None:
