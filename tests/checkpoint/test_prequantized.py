@@ -67,6 +67,15 @@ def decoded(model: Any) -> dict[str, np.ndarray]:
     return weights
 
 
+def logits_of(dense: Path, weights: dict[str, np.ndarray], tokens: np.ndarray) -> np.ndarray:
+    """The logits of transformers' dense model with these weights instead of its own."""
+    import torch
+
+    model = loaded_by_transformers(dense)
+    model.load_state_dict({k: torch.tensor(v) for k, v in weights.items()}, strict=False)
+    return oracle.hf_logits(model, tokens)
+
+
 def open_in_jaxtune(folder: Path, layers: str = "scan") -> tuple[Any, oracle.Loaded]:
     checkpoint = open_checkpoint(str(folder))
     return checkpoint, oracle.load(checkpoint, layers=layers)
@@ -89,8 +98,6 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
 )
 def test_folders_of_bitsandbytes(dense: Path, tmp_path: Path, format: str, nested: bool):
-    import torch
-
     pytest.importorskip("bitsandbytes")
     model = loaded_by_transformers(dense, quantization_config=bitsandbytes_config(format, nested))
     model.save_pretrained(tmp_path / "quantized")
@@ -100,9 +107,7 @@ def test_folders_of_bitsandbytes(dense: Path, tmp_path: Path, format: str, neste
     assert isinstance(kernel.scale, quant.NestedScale) == nested
     weights = decoded(model)
     assert len(weights) == 14 and set(weights) == set(checkpoint.quantized)
-    plain = loaded_by_transformers(dense)
-    plain.load_state_dict({k: torch.tensor(v) for k, v in weights.items()}, strict=False)
-    wanted = oracle.hf_logits(plain, TOKENS)
+    wanted = logits_of(dense, weights, TOKENS)
     logits = oracle.logits(ours, TOKENS)
     assert oracle.difference(logits, wanted) < tolerances.LOGITS
     assert oracle.difference(logits, oracle.hf_logits(model, TOKENS)) < 0.1
@@ -120,8 +125,8 @@ def test_logits_of_a_real_model_in_nf4(tmp_path: Path, nested: bool):
     model.save_pretrained(tmp_path / "quantized")
     _, quantized = open_in_jaxtune(tmp_path / "quantized")
     tokens = oracle.random_tokens(1, 2, 32, vocab=ours.params["embed.table"].shape[0])
-    difference = np.abs(oracle.logits(quantized, tokens) - oracle.hf_logits(model, tokens)).max()
-    assert difference < 1e-3
+    wanted = logits_of(tmp_path / "dense", decoded(model), tokens)
+    assert np.abs(oracle.logits(quantized, tokens) - wanted).max() < 1e-3
 
 
 @pytest.mark.parametrize("format", ["nf4", pytest.param("fp4", marks=pytest.mark.slow), "int8"])
