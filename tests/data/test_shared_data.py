@@ -13,7 +13,7 @@ from jaxtune.data.sources import read
 from jaxtune.schema import Data
 from tests.data.conftest import SHARED
 
-CONVERSATIONS, PREFERENCES, RATED, _ = KINDS.values()
+CONVERSATIONS, PREFERENCES, RATED, *_ = KINDS.values()
 # What the rows are; None where they are no training data (questions without answers) or need
 # their fields renamed.
 KIND = {
