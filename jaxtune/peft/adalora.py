@@ -115,12 +115,16 @@ def initial(
 
 
 def triplets(adapters: base.Adapters) -> dict[str, np.ndarray]:
-    """Name of every `e` -> bool [n, R], which of its entries are triplets of an adapted layer."""
+    """Name of every `e` -> which of its entries are triplets of an adapted layer.
+
+    bool [n, R]; [R] outside the layers.
+    """
     found = {}
     for path, configs in adapters.choice.items():
         size = max(config.rank for config in configs if config is not None)
         ranks = [0 if config is None else config.rank for config in configs]
-        found[f"{path}.adapter.e"] = np.arange(size) < np.array(ranks)[:, None]
+        real = np.arange(size) < np.array(ranks)[:, None]
+        found[f"{path}.adapter.e"] = real if path.startswith("layers.") else real[0]
     return found
 
 
@@ -161,16 +165,18 @@ def trimmed(
     changed, choice = dict(params), {}
     for path, configs in adapters.choice.items():
         own = {leaf: np.array(params[f"{path}.adapter.{leaf}"]) for leaf in "aeb"}
+        stacked = path.startswith("layers.")
+        stacks = {leaf: array if stacked else array[None] for leaf, array in own.items()}  # views
         layers = list(configs)
         for index, config in enumerate(configs):
             if config is None:
                 continue
-            left = own["e"][index][: config.rank] != 0
+            left = stacks["e"][index][: config.rank] != 0
             left[0] |= not left.any()
             rest = np.flatnonzero(left)
             for leaf, axis in (("a", 1), ("e", 0), ("b", 0)):
-                array = own[leaf][index]
-                own[leaf][index] = base.padded(np.take(array, rest, axis), array.shape)
+                array = stacks[leaf][index]
+                stacks[leaf][index] = base.padded(np.take(array, rest, axis), array.shape)
             kept = np.array(config.kept)
             kept[kept] = left
             layers[index] = dataclasses.replace(config, kept=tuple(kept.tolist()))

@@ -16,11 +16,12 @@ from jaxtune import build
 from jaxtune.checkpoint.adapter import load_adapter
 from jaxtune.checkpoint.adapter_config import CONFIG_FILE
 from jaxtune.checkpoint.safetensors import read_folder, read_tensor
+from jaxtune.checkpoint.source import open_checkpoint
 from jaxtune.errors import ConfigError
 from jaxtune.exports import write_adapter
 from jaxtune.optim.allocation import Allocation, allocate, cubic
 from jaxtune.peft import adalora
-from jaxtune.schema import Data, Optim, Peft, RunConfig
+from jaxtune.schema import Data, Objective, Optim, Peft, RunConfig
 from jaxtune.sharding.mesh import make_mesh
 from jaxtune.train import train
 from tests import oracle, tolerances
@@ -153,6 +154,34 @@ def test_a_folder_has_the_triplets_that_are_left(tmp_path: Path):
     assert [c.rank for c in back.adapters.choice["layers.0.attn.q_proj"]] == [2, 4]
     again = described(adapter=str(tmp_path / "adapter"), alpha=32.0, target_modules=("all-linear",))
     assert build.make_optimizer(again, optax.constant_schedule(0.1), 1) is not None  # no budget
+
+
+def test_layers_outside_the_stack_lose_triplets(tmp_path: Path):
+    peft = Peft(method="adalora", rank=4, target_rank=1, target_modules=("pooler", "q_proj"))
+    objective = Objective(name="sequence_classification", labels=("a", "b"))
+    config = RunConfig(objective=objective, peft=peft, data=Data(train=("rows.jsonl",)))
+    mesh = make_mesh({"data": 1}, jax.devices()[:1])
+    run = build.describe(config, mesh, open_checkpoint("tiny:bert"))
+    tx = build.make_optimizer(run, optax.constant_schedule(0.1), 2)
+    random = np.random.default_rng(0)
+    params: Any = {n: random.normal(size=x.shape, scale=0.1) for n, x in run.trainable.items()}
+    grads = {name: random.normal(size=array.shape) for name, array in params.items()}
+    params, grads = jax.tree.map(jnp.float32, (params, grads))
+    state, update = tx.init(params), jax.jit(tx.update)
+    for _ in range(2):  # nothing is important before the first
+        updates, state = update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    layers = run.model_config.num_layers + 1
+    es = [params[name] for name in params if name.endswith(".e")]
+    assert sum(int((e != 0).sum()) for e in es) == layers
+    # All of the pooler's but its third.
+    params["classifier.pooler.adapter.e"] = jnp.array([0.0, 0.0, 2.0, 0.0])
+    write_adapter(run, params, tmp_path)
+    pattern = json.loads((tmp_path / CONFIG_FILE).read_text())["rank_pattern"]
+    assert pattern["bert.pooler.dense.lora_E"] == [False, False, True, False]
+    written = {name: read_tensor(at) for name, at in read_folder(tmp_path).items()}
+    (a,) = (array for name, array in written.items() if name.endswith("pooler.dense.lora_A"))
+    np.testing.assert_array_equal(a[0], params["classifier.pooler.adapter.a"][:, 2])
 
 
 def test_pefts_rank_pattern_is_read(tmp_path: Path):
