@@ -48,7 +48,7 @@ def summed(parts: Sequence[tuple[Adapter, float]]) -> Adapter:
 
 
 def _scales(adapter: Adapter, path: str, weight: float) -> np.ndarray:
-    """Scale times weight of each layer of a stack, to multiply B [n, R, F] or [R, F] with."""
+    """Scale times weight of each layer, to multiply B [n, R, F], [n, E, R, F] or [R, F] with."""
     configs = adapter.adapters.choice[path]
     scales = np.array([weight * config.scale if config else 0.0 for config in configs], np.float32)
-    return scales.reshape(-1, 1, 1) if adapter.params[f"{path}.adapter.b"].ndim == 3 else scales
+    return scales.reshape(-1, *[1] * (adapter.params[f"{path}.adapter.b"].ndim - 1))

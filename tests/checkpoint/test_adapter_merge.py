@@ -7,9 +7,12 @@ import numpy as np
 import pytest
 
 from jaxtune import merge
+from jaxtune.checkpoint.adapter import Adapter
 from jaxtune.checkpoint.adapter_file import WEIGHTS_FILE
+from jaxtune.checkpoint.adapter_sum import summed
 from jaxtune.checkpoint.safetensors import read_header, read_tensor
 from jaxtune.errors import ConfigError, WeightError
+from jaxtune.peft import Adapters, lora
 from jaxtune.peft.combine import COMBINATIONS, Knobs, Pair
 from tests import oracle
 
@@ -78,6 +81,23 @@ def test_peft_combines_the_same(
     for module, value in ours.items():
         a, b = (tensors[f"base_model.model.{module}.lora_{x}.{how}.weight"] for x in "AB")
         assert oracle.difference(value, b @ a) <= 1e-5, module
+
+
+@pytest.mark.parametrize(
+    ("path", "stack"), [("layers.0.x", (2,)), ("layers.0.x", (2, 3)), ("x", ())]
+)
+def test_sums_of_layers_experts_and_what_is_in_no_layer(path: str, stack: tuple[int, ...]):
+    random, parts, total = np.random.default_rng(0), [], 0.0
+    for rank, weight in ((2, 0.5), (3, -2.0)):
+        config = lora.Config(rank=rank, alpha=4.0)
+        a, b = random.normal(size=(*stack, 5, rank)), random.normal(size=(*stack, rank, 4))
+        choice = {path: (config,) * (stack[0] if stack else 1)}
+        params = {f"{path}.adapter.a": a, f"{path}.adapter.b": b}
+        parts.append((Adapter(Adapters("lora", config, choice), params, ()), weight))
+        total += weight * config.scale * (a @ b)
+    one = summed(parts)
+    product = one.params[f"{path}.adapter.a"] @ one.params[f"{path}.adapter.b"]
+    np.testing.assert_allclose(product, total, rtol=1e-6, atol=1e-6)
 
 
 def test_dare_keeps_the_mean():
