@@ -41,7 +41,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add("--density", type=float, help="share of entries that ties and dare keep")
     add("--unmerge", help="a merged model, out of which the one adapter is taken instead")
     add("--base", help="model with which the result of --unmerge is compared")
-    add("--seed", type=int, default=0, help="of dare's choices (default 0)")
+    add("--seed", type=int, help="of dare's choices (default 0)")
 
     def fail(message: str) -> NoReturn:
         raise ConfigError(f"{message} - see python -m jaxtune.merge --help")
@@ -68,6 +68,10 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         fail(f"--rank={arguments.rank} goes with --how=svd and is at least 1")
     if arguments.unmerge is not None and (len(folders) > 1 or arguments.how != "cat"):
         fail("--unmerge takes one adapter out, and reads --base and --out only")
+    if arguments.unmerge is not None and (
+        arguments.weights is not None or arguments.seed is not None
+    ):
+        fail("--unmerge reads neither --weights nor --seed: it takes out all that was merged")
     if arguments.unmerge is None and arguments.base is not None:
         fail("--base goes with --unmerge")
     arguments.adapters, arguments.weights = folders, weights
@@ -109,7 +113,7 @@ def main() -> None:
     knobs = Knobs(
         arguments.rank or sys.maxsize,
         arguments.density or 1.0,
-        np.random.default_rng(arguments.seed),
+        np.random.default_rng(arguments.seed or 0),
     )
     merge_adapters(
         arguments.adapters, arguments.weights, arguments.out, how=arguments.how, knobs=knobs

@@ -120,6 +120,8 @@ def test_dare_keeps_the_mean():
         (["--density=0.5"], "--density goes with"),
         (["--rank=4"], "goes with --how=svd"),
         (["--unmerge=model"], "takes one adapter out"),
+        (["--adapters=a", "--unmerge=model", "--weights=1"], "reads neither --weights nor --seed"),
+        (["--adapters=a", "--unmerge=model", "--seed=0"], "reads neither --weights nor --seed"),
         (["--base=model"], "--base goes with --unmerge"),
     ],
 )
