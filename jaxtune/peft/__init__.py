@@ -163,6 +163,11 @@ def choose_adapters(model: Any, section: Any) -> Adapters:
             f"config.peft.target_modules: peft.method={section.method} has no form for the "
             f"embedding - use lora, or train it whole with peft.modules_to_save={EMBEDDING}"
         )
+    if EMBEDDING in chosen and getattr(config, "lora_bias", False):
+        raise ConfigError(
+            f"config.peft.lora_bias: an adapter of {EMBEDDING} has no bias, and PEFT loads none "
+            f"that says so - take {EMBEDDING} out of peft.target_modules, or leave lora_bias out"
+        )
     _require_experts_can_be(chosen, model, section)
     variables = flatten(model)
     layers = {

@@ -106,6 +106,14 @@ def test_what_matches_nothing_is_an_error(layers: str, targets: Targets, message
     assert all(message in str(caught.value) for message in messages), caught.value
 
 
+def test_a_bias_of_the_embeddings_adapter_is_refused():
+    options = Peft(lora_bias=True, target_modules=("embed", "q_proj"))
+    with pytest.raises(
+        ConfigError, match="take embed out of peft.target_modules, or leave lora_bi"
+    ):
+        peft.choose_adapters(MODELS["scan"], options)
+
+
 def test_initial_values_do_not_depend_on_the_layout():
     options = Peft(rank=4, alpha=8.0, layers_to_transform=(0, 2))
     values: dict[str, dict[tuple, np.ndarray]] = {}
