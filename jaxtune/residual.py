@@ -61,9 +61,12 @@ def taken_pairs(
         )
     for path, configs in adapters.choice.items():
         if start.init == "loftq" and not isinstance(shapes[f"{path}.kernel"], QArray):
+            remedy = "leave it out of peft.target_modules"
+            if path.startswith("layers."):  # others are never quantized
+                remedy = f"add it to quant.format, or {remedy}"
             raise ConfigError(
                 f"config.peft.init=loftq starts from what quantizing loses, and {path} is not "
-                "quantized - add it to quant.format, or leave it out of peft.target_modules"
+                f"quantized - {remedy}"
             )
         width = min(shapes[f"{path}.kernel"].shape[-2:])
         rank = max(config.rank for config in configs if config is not None)

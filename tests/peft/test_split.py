@@ -20,7 +20,7 @@ from jaxtune.export import export
 from jaxtune.exports import write_adapter, write_merged
 from jaxtune.peft.split import Start, loftq, randomized_svd
 from jaxtune.quant import QArray
-from jaxtune.schema import Data, Model, Optim, Peft, Quant, RunConfig
+from jaxtune.schema import Data, Model, Objective, Optim, Peft, Quant, RunConfig
 from jaxtune.sharding.mesh import make_mesh
 from jaxtune.train import train
 from tests import oracle
@@ -296,3 +296,15 @@ def test_starts_that_cannot_be(options: dict, message: str):
         options = options | {"rank": 16, "alpha": 32.0, "target_modules": ("all-linear",)}
     with pytest.raises(ConfigError, match=message):
         described(dense(), **options)
+
+
+def test_loftq_of_a_layer_that_is_never_quantized():
+    run_config = RunConfig(
+        objective=Objective(name="sequence_classification", labels=("a", "b")),
+        quant=Quant(format=("int8",)),
+        peft=Peft(init="loftq", rank=2, target_modules=("pooler",)),
+        data=Data(train=("rows.jsonl",)),
+    )
+    mesh = make_mesh({"data": 1}, jax.devices()[:1])
+    with pytest.raises(ConfigError, match="pooler is not quantized - leave it out"):
+        build.describe(run_config, mesh, open_checkpoint("tiny:bert"))
