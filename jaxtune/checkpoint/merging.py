@@ -50,7 +50,8 @@ def merged(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
     _require_dense(checkpoint, "merge into the dense model")
     adapter, weights, stacks, shapes = _opened(checkpoint, folder)
     require_mergeable(adapter.adapters, shapes)
-    if EMBEDDING in adapter.adapters.choice and "lm_head.kernel" not in shapes:
+    tied = models.read_config(checkpoint.config, checkpoint.name)[1].tie_embeddings
+    if EMBEDDING in adapter.adapters.choice and tied:
         checkpoint = untied(checkpoint, weights)
     params, adapters = adapter.params, adapter.adapters
     targets = places(weights, changed(params, adapters, checkpoint, weights, stacks), stacks)

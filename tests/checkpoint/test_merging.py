@@ -101,6 +101,15 @@ def test_errors_of_rounding_are_noted_and_bounded(
         assert (off <= 1.01 * 2**-8 * size).all(), name
 
 
+def test_an_embedding_without_a_head_of_a_language_model(tmp_path: Path):
+    encoder = open_checkpoint("tiny:bert")
+    folder = write(encoder, tmp_path, Peft(rank=2, target_modules=("embed", "q_proj"))) / "adapter"
+    written, read = open_checkpoint(str(tmp_path / "merged")), merged(encoder, folder)
+    name = "bert.embeddings.word_embeddings.weight"
+    assert oracle.difference(read.read(name), encoder.read(name)) > 1e-3
+    np.testing.assert_array_equal(read.read(name), written.read(name))
+
+
 def test_training_goes_on_from_several_adapters(base: Checkpoint, tmp_path: Path):
     some = Peft(rank=4, target_modules=SOME)
     first, second = (write(base, tmp_path / kind, some) / "adapter" for kind in "ab")
