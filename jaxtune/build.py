@@ -22,6 +22,7 @@ from jaxtune import frozen as frozen_weights
 from jaxtune import models, optim, peft, residual, tree
 from jaxtune.checkpoint import experts_in_peft, hf
 from jaxtune.checkpoint.adapter import Adapter, first_values, load_adapter, places_beside
+from jaxtune.checkpoint.adapter_config import is_of_labels
 from jaxtune.checkpoint.expand import deeper
 from jaxtune.checkpoint.fused import require_supported
 from jaxtune.checkpoint.label_head import with_head
@@ -69,9 +70,12 @@ def describe(config: RunConfig, mesh: Mesh, checkpoint: Checkpoint) -> Run:
     """
     if problems := peft.unread(config.peft):
         raise ConfigError("; ".join(problems))
+    folders = [Path(folder) for folder in config.peft.merged_adapters]
+    for folder in (folder for folder in folders if not is_of_labels(folder)):
+        checkpoint = merged(checkpoint, folder)
     checkpoint = with_head(checkpoint, config.objective, config.train.seed)
-    for folder in config.peft.merged_adapters:
-        checkpoint = merged(checkpoint, Path(folder))
+    for folder in (folder for folder in folders if is_of_labels(folder)):  # they have the head
+        checkpoint = merged(checkpoint, folder)
     return _describe(config, mesh, deeper(config.peft, checkpoint))
 
 

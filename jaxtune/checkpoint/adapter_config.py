@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from jaxtune.checkpoint.hf import split_path
 from jaxtune.errors import WeightError, listing
 from jaxtune.models.base import Weight
-from jaxtune.models.heads import TRAINED
+from jaxtune.models.heads import TASKS, TRAINED
 from jaxtune.peft import METHODS, Adapters, layer_names, tokens, weight_name
 from jaxtune.peft.base import EMBEDDING, Choice
 from jaxtune.peft.targets import is_target
@@ -222,6 +222,11 @@ def _method(fields: Mapping[str, Any]) -> str | None:
         and all(fields.get(key) == value for key, value in form.marks.items())
     ]
     return max(fits, key=lambda name: len(_FORMATS[name].marks), default=None)
+
+
+def is_of_labels(folder: Path) -> bool:
+    """Whether an adapter is of a model with a head for labels; WeightError: see `read_config`."""
+    return read_config(folder)[1].get("task_type") in {task.peft for task in TASKS.values()}
 
 
 def read_adapters(

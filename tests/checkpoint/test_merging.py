@@ -18,7 +18,7 @@ from jaxtune.checkpoint.merging import ADDITIVE, FACTORS, merged, unmerged
 from jaxtune.checkpoint.source import open_checkpoint
 from jaxtune.checkpoint.tensors import Checkpoint
 from jaxtune.errors import ConfigError
-from jaxtune.schema import Data, Peft, RunConfig
+from jaxtune.schema import Data, Objective, Peft, RunConfig
 from jaxtune.sharding.mesh import make_mesh
 from tests import oracle
 
@@ -108,6 +108,13 @@ def test_an_embedding_without_a_head_of_a_language_model(tmp_path: Path):
     name = "bert.embeddings.word_embeddings.weight"
     assert oracle.difference(read.read(name), encoder.read(name)) > 1e-3
     np.testing.assert_array_equal(read.read(name), written.read(name))
+    # An adapter without a head is merged before the objective's head is put on.
+    objective = Objective(name="sequence_classification", labels=("a", "b"))
+    section = Peft(merged_adapters=(str(folder),), rank=2)
+    config = RunConfig(objective=objective, peft=section, data=Data(train=("rows.jsonl",)))
+    run = build.describe(config, make_mesh({"data": 1}, jax.devices()[:1]), encoder)
+    assert run.checkpoint.tensors["classifier.weight"].shape == (2, 32)
+    np.testing.assert_array_equal(run.checkpoint.read(name), written.read(name))
 
 
 def test_training_goes_on_from_several_adapters(base: Checkpoint, tmp_path: Path):
