@@ -284,9 +284,15 @@ def _copies(adapted: Sequence[Whole]) -> dict[str, str]:
 def _warnings(folder: Path, fields: Mapping[str, Any], base: str) -> tuple[str, ...]:
     """What looks wrong about an adapter of a base model, but may be meant."""
     trained_on = fields.get("base_model_name_or_path")
-    if not trained_on or Path(trained_on).name == Path(base).name:
+    if not trained_on or _short(trained_on) == _short(base):
         return ()
     return (f"{folder} was trained on {trained_on!r}; it is used on {base!r}",)
+
+
+def _short(name: str) -> tuple[str, ...]:
+    """A model's name without the folders above it, and the adapters that were merged into it."""
+    model, *merged = name.split(" + ")
+    return Path(model).name, *merged
 
 
 def _fixed(adapters: Adapters) -> dict[str, np.ndarray]:

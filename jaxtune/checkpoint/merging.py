@@ -25,6 +25,7 @@ from jaxtune.checkpoint.hf import Place, joined, places
 from jaxtune.checkpoint.tensors import Checkpoint
 from jaxtune.checkpoint.vocabulary import untied
 from jaxtune.errors import ConfigError, WeightError
+from jaxtune.log import warn
 from jaxtune.models.base import Weight
 from jaxtune.nn.params import Policy
 from jaxtune.nn.stack import stack_sizes
@@ -50,6 +51,8 @@ def merged(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
     _require_dense(checkpoint, "merge into the dense model")
     adapter, weights, stacks, shapes = _opened(checkpoint, folder)
     require_mergeable(adapter.adapters, shapes)
+    for warning in adapter.warnings:
+        warn(warning)
     tied = models.read_config(checkpoint.config, checkpoint.name)[1].tie_embeddings
     if EMBEDDING in adapter.adapters.choice and tied:
         checkpoint = untied(checkpoint, weights)

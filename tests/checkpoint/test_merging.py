@@ -12,6 +12,7 @@ import pytest
 
 from jaxtune import build, data, merge, peft
 from jaxtune.checkpoint.adapter import save_adapter
+from jaxtune.checkpoint.adapter_config import CONFIG_FILE
 from jaxtune.checkpoint.folder import RECORD_FILE
 from jaxtune.checkpoint.hf_save import save_model
 from jaxtune.checkpoint.merging import ADDITIVE, FACTORS, merged, unmerged
@@ -99,6 +100,21 @@ def test_errors_of_rounding_are_noted_and_bounded(
         off = np.abs(again.read(name).astype(np.float32) - base.read(name))
         size = np.abs(rounded.read(name).astype(np.float32)) + np.abs(base.read(name))
         assert (off <= 1.01 * 2**-8 * size).all(), name
+
+
+def test_another_base_is_warned_of(base: Checkpoint, tmp_path: Path, capsys: Any):
+    path = write(base, tmp_path, Peft(rank=2, target_modules=SOME)) / "adapter" / CONFIG_FILE
+    for trained_on, used_on, warns in (
+        ("org/m", "folder/m", False),
+        ("m", "other", True),
+        ("m + runs/a/adapter", "org/m + runs/a/adapter", False),
+        ("m + runs/a/adapter", "m + runs/b/adapter", True),
+        ("m + runs/a/adapter", "other + runs/a/adapter", True),
+    ):
+        fields = json.loads(path.read_text()) | {"base_model_name_or_path": trained_on}
+        path.write_text(json.dumps(fields))
+        merged(dataclasses.replace(base, name=used_on), path.parent)
+        assert ("was trained on" in capsys.readouterr().err) == warns, (trained_on, used_on)
 
 
 def test_an_embedding_without_a_head_of_a_language_model(tmp_path: Path):
