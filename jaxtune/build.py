@@ -76,7 +76,18 @@ def describe(config: RunConfig, mesh: Mesh, checkpoint: Checkpoint) -> Run:
     checkpoint = with_head(checkpoint, config.objective, config.train.seed)
     for folder in (folder for folder in folders if is_of_labels(folder)):  # they have the head
         checkpoint = merged(checkpoint, folder)
-    return _describe(config, mesh, deeper(config.peft, checkpoint))
+    run = _describe(config, mesh, deeper(config.peft, checkpoint))
+    if why := _not_in_peft(run):
+        warn(f"PEFT cannot load this adapter: {why} - jaxtune can, and merged models have it")
+    return run
+
+
+def _not_in_peft(run: Run) -> str | None:
+    """Why PEFT would compute something else with the run's new adapter, if it would."""
+    if run.adapters is None or run.imported or peft.is_prompt(run.adapters.method):
+        return None
+    weights = run.family.weights(run.model_config)
+    return experts_in_peft.problem(run.adapters, weights, run.checkpoint.config["model_type"])
 
 
 def _describe(config: RunConfig, mesh: Mesh, checkpoint: Checkpoint) -> Run:
@@ -176,10 +187,6 @@ def _adapters(
         adapters = peft.choose_adapters(base.model(shapes), config)
         if not peft.is_prompt(config.method):
             require_supported(adapters, weights)
-            if why := experts_in_peft.problem(adapters, weights, checkpoint.config["model_type"]):
-                warn(
-                    f"PEFT cannot load this adapter: {why} - jaxtune can, and merged models have it"
-                )
             places_beside(adapters, shapes, weights, stacks)  # refuses what cannot be exported
         return None, adapters
     imported = load_adapter(Path(config.adapter), shapes, weights, stacks, base=checkpoint)

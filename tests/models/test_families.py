@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxtune import models, tree
+from jaxtune import build, models, tree
 from jaxtune.checkpoint import experts_in_peft
 from jaxtune.checkpoint.adapter import load_adapter, save_adapter
 from jaxtune.checkpoint.fused import require_supported
@@ -337,7 +337,7 @@ def test_files_without_the_prefix_of_the_model(name: str, tmp_path: Path):
     assert open_checkpoint(str(tmp_path)).tensors == tiny.tensors
 
 
-def test_adapters_of_experts_that_peft_would_misread_are_named():
+def test_adapters_of_experts_that_peft_would_misread_are_named(capsys: Any):
     def adapted(name: str, **options: Any) -> tuple[Any, Any]:
         loaded = oracle.load(open_checkpoint(f"tiny:{name}"))
         model = loaded.skeleton.model(loaded.skeleton.abstract())
@@ -352,6 +352,11 @@ def test_adapters_of_experts_that_peft_would_misread_are_named():
     assert "gate_proj has another" in problem("mixtral", **ranks)
     assert "_proj for an expert" in problem("deepseek_v3")
     assert "cannot join those of qwen2_moe's" in problem("qwen2_moe")
+    config = RunConfig(peft=Peft(rank=2), data=Data(train=("rows.jsonl",)))
+    mesh = make_mesh({"data": 1}, jax.devices()[:1])
+    run = build.describe(config, mesh, open_checkpoint("tiny:qwen2_moe"))
+    build.with_remat(run, "full")
+    assert capsys.readouterr().err.count("PEFT cannot load this adapter: it cannot join") == 1
     with pytest.raises(ConfigError, match="_proj is one tensor of all experts"):
         require_supported(*adapted("gpt_oss"))
     for options in ({"method": "dora"}, {"dropout": 0.1}):
