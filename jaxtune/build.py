@@ -200,7 +200,7 @@ def _adapters(
             f"config.peft.adapter={config.adapter} holds a {imported.adapters.method} adapter - "
             f"set peft.method={imported.adapters.method}"
         )
-    return imported, peft.continued(imported.adapters, config)
+    return imported, peft.continued(imported.adapters, config, base.model(shapes))
 
 
 def trained_axes(run: Run) -> dict[str, rules.Axes]:

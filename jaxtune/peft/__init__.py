@@ -216,9 +216,12 @@ def _require_experts_can_be(chosen: Mapping[str, Any], model: Any, section: Any)
             if not odd:
                 continue
             problem = odd[0]
+        other = (
+            "" if section.adapter else ", or take them out with peft.exclude_modules=.*experts.*"
+        )
         raise ConfigError(
             f"config.peft.{problem} cannot adapt experts, and {path} is among the targets - use "
-            "plain lora without dropout, or take them out with peft.exclude_modules=.*experts.*"
+            f"plain lora without dropout{other}"
         )
 
 
@@ -235,8 +238,13 @@ def _names(path: str, flags: Sequence[bool], stacks: Any) -> list[str]:
     return [name for (_, name), flag in zip(layer_names(path, stacks), flags, strict=False) if flag]
 
 
-def continued(adapters: Adapters, section: Any) -> Adapters:
-    """Adapters read from a folder, with the knobs of config.peft that it does not bring."""
+def continued(adapters: Adapters, section: Any, model: Any) -> Adapters:
+    """Adapters that were read for a model, with the knobs of config.peft that they do not bring.
+
+    Raises:
+        ConfigError: experts cannot have them.
+    """
+    _require_experts_can_be(adapters.choice, model, section)
     given = {
         field.name: getattr(section, field.name)
         for field in dataclasses.fields(adapters.config)

@@ -32,7 +32,7 @@ from jaxtune.models import llama_layout
 from jaxtune.models.decoder import Decoder, DecoderConfig
 from jaxtune.nn.params import Policy
 from jaxtune.objectives.sft import sft
-from jaxtune.peft import choose_adapters
+from jaxtune.peft import choose_adapters, continued
 from jaxtune.policy import resolve_policy
 from jaxtune.schema import Data, Model, Peft, RunConfig
 from jaxtune.sharding import rules
@@ -362,6 +362,10 @@ def test_adapters_of_experts_that_peft_would_misread_are_named(capsys: Any):
     for options in ({"method": "dora"}, {"dropout": 0.1}):
         with pytest.raises(ConfigError, match="cannot adapt experts, and layers.0.mlp.experts"):
             adapted("mixtral", **options)
+    loaded = oracle.load(open_checkpoint("tiny:mixtral"))
+    model = loaded.skeleton.model(loaded.skeleton.abstract())
+    with pytest.raises(ConfigError, match="dropout=0.1 cannot adapt .* without dropout$"):
+        continued(adapted("mixtral")[0], Peft(adapter="folder", dropout=0.1), model)
 
 
 def test_rows_longer_than_learned_positions_are_refused():
