@@ -82,14 +82,21 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 
 
 def chosen(spec: str | None) -> dict[str, float] | None:
-    """Names and weights of `NAME:WEIGHT,...`; ConfigError for a weight that is no number."""
+    """Names and weights of `NAME:WEIGHT,...`.
+
+    Raises:
+        ConfigError: a weight is no number, or a name stands there twice.
+    """
     if spec is None:
         return None
     parts = [part.partition(":") for part in spec.split(",")]
     try:
-        return {name: float(weight or 1) for name, _, weight in parts}
+        found = {name: float(weight or 1) for name, _, weight in parts}
     except ValueError as error:
         raise ConfigError(f"{spec}: a weight is no number - write NAME:0.7,NAME:0.3") from error
+    if len(found) < len(parts):
+        raise ConfigError(f"{spec}: a name stands there twice - write it once, with one weight")
+    return found
 
 
 def read_prompts(path: Path) -> list[dict[str, Any]]:
@@ -118,7 +125,11 @@ def _row(found: sources.Record | sources.BadRow) -> dict[str, Any]:
         raise DataError(f"{found} - repair or remove the row")
     prompt, messages = found.fields.get("prompt"), found.fields.get("messages")
     adapter = found.fields.get("adapter")
-    own = {"adapter": adapter} if isinstance(adapter, str) else {}
+    if adapter is not None and not isinstance(adapter, str):
+        raise DataError(
+            f"{found.origin}: adapter={adapter!r} is no text - write it like --use, or leave it out"
+        )
+    own = {} if adapter is None else {"adapter": adapter}
     if isinstance(prompt, str):
         return {"prompt": prompt, **own}
     if not isinstance(messages, list) or not all(_is_message(m) for m in messages) or not messages:
@@ -168,7 +179,11 @@ def _answers(
     if arguments.raw and any("prompt" not in row for row in rows):
         raise ConfigError("--raw goes with rows that have a prompt, not messages")
     answers = {}
-    for spec in dict.fromkeys(row.get("adapter", arguments.use) for row in rows):
+    specs = dict.fromkeys(row.get("adapter", arguments.use) for row in rows)
+    for spec in specs:  # refused now, not after the work
+        if spec is not None:
+            session.using(chosen(spec))
+    for spec in specs:
         places = [i for i, row in enumerate(rows) if row.get("adapter", arguments.use) == spec]
         prompts = [
             rows[i]["prompt"] if arguments.raw else _conversation(rows[i], arguments.system)

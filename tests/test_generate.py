@@ -4,6 +4,7 @@ import io
 import json
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -74,13 +75,18 @@ def test_a_chat_remembers_forgets_and_survives_a_long_turn() -> None:
 class Named:
     """A session that says which adapters it was asked with."""
 
+    asked: ClassVar[list[str]] = []
+
     def __init__(self, name: str = "base"):
         self.name = name
 
     def using(self, adapter: dict[str, float]) -> "Named":
+        if "absent" in adapter:
+            raise ConfigError("adapter 'absent' is not loaded")
         return Named(str(adapter))
 
     def generate(self, prompts: list[str], **options: object) -> list[str]:
+        self.asked.append(self.name)
         return [f"{self.name} {prompt}" for prompt in prompts]
 
 
@@ -95,6 +101,18 @@ def test_rows_choose_their_adapters(tmp_path: Path) -> None:
     answers = [json.loads(line)["answer"] for line in out.read_text().splitlines()]
     a = "{'a': 1.0}"
     assert answers == [f"{a} 0", "{'b': 1.0} 1", "{'b': 0.5, 'a': 1.0} 2", f"{a} 3"]
+
+
+def test_adapters_of_all_rows_are_checked_before_any_is_answered(tmp_path: Path) -> None:
+    Named.asked.clear()
+    rows = [{"prompt": "0", "adapter": "a"}, {"prompt": "1", "adapter": "absent"}]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    parsed = generate.parse_arguments(["--model=m", "--raw", f"--file={tmp_path / 'p.jsonl'}"])
+    with pytest.raises(ConfigError, match="not loaded"):
+        generate.answer_file(Named(), parsed, {})  # type: ignore[arg-type]
+    assert Named.asked == []
+    with pytest.raises(ConfigError, match="a:0.7,a:0.3: a name stands there twice"):
+        generate.chosen("a:0.7,a:0.3")
 
 
 def test_a_chat_takes_other_adapters() -> None:
@@ -125,7 +143,15 @@ def test_wrong_command_lines_are_refused(
         run(monkeypatch, *arguments)
 
 
-@pytest.mark.parametrize("text", ["", '{"question": "a"}\n', '{"messages": [{"role": "user"}]}\n'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        '{"question": "a"}\n',
+        '{"messages": [{"role": "user"}]}\n',
+        '{"prompt": "a", "adapter": ["b"]}\n',
+    ],
+)
 def test_wrong_prompt_files_are_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "prompts.jsonl"
     path.write_text(text)
