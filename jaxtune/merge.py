@@ -88,7 +88,7 @@ def unmerge(model: str, adapter: Path, out: Path, base: str | None = None) -> No
         base: a model to compare the result with.
 
     Raises:
-        ConfigError, WeightError: see `checkpoint.unmerge.unmerged`.
+        ConfigError, WeightError: see `checkpoint.merging.unmerged`.
     """
     merged = open_checkpoint(model)
     result = unmerged(merged, adapter)
