@@ -25,7 +25,7 @@ from jaxtune.checkpoint.adapter import Adapter, first_values, load_adapter, plac
 from jaxtune.checkpoint.adapter_config import is_of_labels
 from jaxtune.checkpoint.expand import deeper
 from jaxtune.checkpoint.fused import require_supported
-from jaxtune.checkpoint.label_head import with_head
+from jaxtune.checkpoint.label_head import require_pooler, with_head
 from jaxtune.checkpoint.merging import merged
 from jaxtune.checkpoint.tensors import Checkpoint
 from jaxtune.distributed import to_device
@@ -66,17 +66,19 @@ def describe(config: RunConfig, mesh: Mesh, checkpoint: Checkpoint) -> Run:
     Raises:
         WeightError: the checkpoint's config.json is of no known family, or the adapter does not
         fit. ConfigError: options that the method does not read, adapter targets that match
-        nothing, or nothing can be offloaded here.
+        nothing, a new pooler beside an adapter, or nothing can be offloaded here.
     """
     if problems := peft.unread(config.peft):
         raise ConfigError("; ".join(problems))
     folders = [Path(folder) for folder in config.peft.merged_adapters]
     for folder in (folder for folder in folders if not is_of_labels(folder)):
         checkpoint = merged(checkpoint, folder)
-    checkpoint = with_head(checkpoint, config.objective, config.train.seed)
+    stored, checkpoint = checkpoint, with_head(checkpoint, config.objective, config.train.seed)
     for folder in (folder for folder in folders if is_of_labels(folder)):  # they have the head
         checkpoint = merged(checkpoint, folder)
     run = _describe(config, mesh, deeper(config.peft, checkpoint))
+    if run.adapters is not None:
+        require_pooler(stored, run.family, run.adapters.saved)
     if why := _not_in_peft(run):
         warn(f"PEFT cannot load this adapter: {why} - jaxtune can, and merged models have it")
     return run

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from jaxtune import config, load
+from jaxtune.checkpoint.source import open_checkpoint
 from jaxtune.errors import ConfigError
 from jaxtune.export import export
 from jaxtune.objectives.measures import measures
@@ -27,6 +28,7 @@ from jaxtune.schema import (
     Train,
 )
 from jaxtune.train import train
+from tests import oracle
 
 SEQUENCE, TOKENS, SPANS = LABELLED
 WORDS = "red blue green one two three cat dog owl runs".split()
@@ -55,7 +57,8 @@ def run_config(folder: Path, **changes: Any) -> RunConfig:
     base = RunConfig(
         model=config.resolve({"model": {"path": "tiny:bert"}, "data": {"train": ("x",)}}).model,
         objective=Objective(name=SEQUENCE),
-        peft=Peft(rank=8),
+        # tiny:bert has no pooler
+        peft=Peft(rank=8, modules_to_save=("pooler",), exclude_modules=("pooler",)),
         data=Data(
             train=(write_rows(folder / "train.jsonl", 160, 0),),
             eval=(write_rows(folder / "eval.jsonl", 40, 1),),
@@ -96,15 +99,18 @@ def test_a_run_and_its_exports(tmp_path: Path):
     tokenizer = transformers.AutoTokenizer.from_pretrained(str(merged))
     assert model.config.id2label == {0: "cold", 1: "warm"}
     base = maker.from_config(model.config)
-    states = {k: v for k, v in model.state_dict().items() if "classifier" not in k}
-    base.load_state_dict(states | {k: v for k, v in base.state_dict().items() if k not in states})
-    adapted = peft.PeftModel.from_pretrained(base, str(result.paths["adapter"]))
+    files = open_checkpoint("tiny:bert")
+    states = {name: torch.tensor(files.read(name)) for name in files.tensors}
+    absent = base.load_state_dict(states, strict=False).missing_keys
+    assert {name.split(".")[-2] for name in absent} == {"dense", "classifier"}
+    adapted = peft.PeftModel.from_pretrained(base, str(result.paths["adapter"])).eval()
     trained = adapted.base_model.model.classifier.modules_to_save["default"].weight
     np.testing.assert_allclose(trained.detach(), model.classifier.weight.detach(), rtol=1e-6)
 
     losses, right = [], 0
     for row in rows:
         ids = torch.tensor([tokenizer(row["text"]).input_ids])
+        assert oracle.difference(*(m(ids).logits.detach() for m in (adapted, model))) <= 1e-4
         label = torch.tensor([model.config.label2id[row["label"]]])
         with torch.no_grad():
             found = model(input_ids=ids, labels=label)
@@ -114,6 +120,11 @@ def test_a_run_and_its_exports(tmp_path: Path):
     assert result.metrics["eval_accuracy"] == pytest.approx(right / len(rows))
     with pytest.raises(ConfigError, match="predicts no next tokens"):
         load(merged)
+
+
+def test_an_adapter_does_not_leave_a_new_pooler_behind(tmp_path: Path):
+    with pytest.raises(ConfigError, match=r"new, and an adapter does not hold it - set peft.modul"):
+        train(run_config(tmp_path, peft=Peft(rank=8)))
 
 
 @pytest.mark.slow
@@ -136,6 +147,7 @@ def test_more_steps_of_another_run(tmp_path: Path):
     ("model", "objective", "method", "row"),
     [
         ("tiny:llama", Objective(name=SEQUENCE), "lora", {"text": "a b", "label": 0.5}),
+        ("tiny:bert", Objective(name=SEQUENCE), "full", {"text": "a b", "label": "x"}),
         ("tiny:electra", Objective(name=TOKENS), "full", {"tokens": ["a"], "tags": ["x"]}),
         ("tiny:roberta", Objective(name=SEQUENCE), "freeze", {"text": "a", "label": ["x", "y"]}),
         (

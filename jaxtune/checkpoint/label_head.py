@@ -3,6 +3,7 @@
 import dataclasses
 import re
 import zlib
+from collections.abc import Container
 from typing import Any
 
 import numpy as np
@@ -73,6 +74,26 @@ def with_head(checkpoint: Checkpoint, objective: Any, seed: int) -> Checkpoint:
     float32 = np.dtype(np.float32)
     tensors = kept | {name: TensorInfo(shape, float32) for name, shape in new.items()}
     return dataclasses.replace(checkpoint, config=config, tensors=tensors, read=read)
+
+
+def require_pooler(stored: Checkpoint, family: Any, saved: Container[str]) -> None:
+    """Refuses a new pooler that would stay as it was drawn and be missing beside an adapter.
+
+    Args:
+        stored: the model as its files have it.
+        family: with the head of the run.
+        saved: names of the base's parameters that train whole and are kept with the adapter.
+
+    Raises:
+        ConfigError: there is such a pooler.
+    """
+    pooler = family.form.pooler if isinstance(family, Headed) else ""
+    if pooler and f"{pooler}.weight" not in stored.tensors and f"{PATH}.pooler.kernel" not in saved:
+        raise ConfigError(
+            f"{stored.name} has no {pooler}.weight, so the pooler is new, and an adapter does not "
+            "hold it - set peft.modules_to_save=pooler and peft.exclude_modules=pooler, or "
+            "peft.method=full"
+        )
 
 
 def wanted_head(objective: Any) -> Head:
