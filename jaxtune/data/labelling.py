@@ -43,20 +43,20 @@ class Labelling:
         return 1 if self.problem == ONE else len(self.names)
 
     def class_of(self, label: Label) -> int:
-        """The number of a class that a row names, or numbers itself.
+        """The number of a class that a row names, or numbers itself; names go before numbers.
 
         Raises:
             RowError: there is no such class.
         """
+        if str(label) in self.names:
+            return self.names.index(str(label))
         if isinstance(label, int) and 0 <= label < len(self.names):
             return label
-        if str(label) not in self.names:
-            raise RowError(
-                "label",
-                f"is {label!r}, which is none of the {len(self.names)} labels"
-                + nearest(label, self.names),
-            )
-        return self.names.index(str(label))
+        raise RowError(
+            "label",
+            f"is {label!r}, which is none of the {len(self.names)} labels"
+            + nearest(label, self.names),
+        )
 
     def numbers_of(self, label: Label | tuple[Label, ...]) -> np.ndarray:
         """A text's label, float32 [C].
@@ -88,7 +88,7 @@ class Labelling:
 def discovered(cfg: Data, objective: str, problem: str) -> tuple[tuple[str, ...], str]:
     """The labels of the training rows, and the problem that they pose.
 
-    Names of classes are sorted as texts. Rows that have numbers instead number the classes, which
+    Names of classes are sorted as texts, or as numbers if all are whole ones. Rows that have numbers instead number the classes, which
     are then called LABEL_0, LABEL_1 ... as in transformers, and so are outputs without names.
 
     Args:
@@ -139,7 +139,8 @@ def _labels_of(row: Labelled) -> tuple[tuple[Label, ...], str]:
 def _names(labels: Sequence[Label]) -> tuple[str, ...]:
     numbers = [label for label in labels if isinstance(label, int)]
     if len(numbers) < len(labels):
-        return tuple(sorted({str(label) for label in labels}))
+        names = {str(label) for label in labels}
+        return tuple(sorted(names, key=int if all(map(str.isdecimal, names)) else None))
     if min(numbers) < 0 or max(numbers) > 10 * len(numbers) + 10:
         raise ConfigError(
             f"config.objective.labels: the rows number their classes from {min(numbers)} to "

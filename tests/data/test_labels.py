@@ -130,6 +130,7 @@ def test_batches_hold_labels_beside_their_tokens(
     ("labels", "problem", "found"),
     [
         (["b", "a", "b"], "auto", (("a", "b"), ONE)),
+        (["10", "9", "1"], "auto", (("1", "9", "10"), ONE)),
         ([0, 2, True], "auto", (("LABEL_0", "LABEL_1", "LABEL_2"), ONE)),
         ([0.5, 2.0], "auto", (("LABEL_0",), SCORES)),
         ([3, 4], SCORES, (("LABEL_0",), SCORES)),
@@ -143,6 +144,13 @@ def test_labels_and_problem_of_rows(
 ):
     rows = [{"text": "t", "label": label} for label in labels]
     assert discovered(Data(train=(write_rows(rows),)), SEQUENCE, problem) == found
+
+
+def test_a_number_is_the_class_of_that_name_or_else_an_index():
+    stars = Labelling(SEQUENCE, ("1", "2", "3"))
+    assert [stars.class_of(label) for label in (1, "3", 0)] == [0, 2, 0]
+    with pytest.raises(RowError, match="is 4, which is none of the 3 labels"):
+        stars.class_of(4)
 
 
 def test_labels_that_do_not_fit_are_bad_rows(bert_tokenizer: Any, write_rows: Callable[..., str]):
