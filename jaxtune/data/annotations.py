@@ -25,7 +25,10 @@ def classified(fields: dict[str, Any]) -> Classified:
     label = parsed(fields.get(name), name)
     if not isinstance(label, list):
         return Classified(texts, _label(label, name))
-    items = tuple(_label(item, f"{name}[{index}]") for index, item in enumerate(label))
+    items = (_label(item, f"{name}[{index}]") for index, item in enumerate(label))
+    # A list of booleans says of each class whether it is one of the text's.
+    bools = [isinstance(item, bool) for item in label]
+    items = tuple(float(item) if flag else item for item, flag in zip(items, bools, strict=True))
     return Classified(texts, items)
 
 

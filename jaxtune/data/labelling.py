@@ -69,10 +69,15 @@ class Labelling:
             if isinstance(label, tuple):
                 raise RowError("label", f"is a list, and problem_type={ONE} has one class a text")
             return np.array([self.class_of(label)], np.float32)
-        is_vector = self.problem == SCORES or items and isinstance(items[0], float)
-        if not is_vector:
+        if self.problem == SOME and not any(isinstance(item, float) for item in items):
+            classes = [self.class_of(item) for item in items]
+            if len(set(classes)) < len(classes):
+                raise RowError(
+                    "label",
+                    f"is {label!r}, which has a class twice - write 0.0 or 1.0 for each class",
+                )
             chosen = np.zeros(len(self.names), np.float32)
-            chosen[[self.class_of(item) for item in items]] = 1
+            chosen[classes] = 1
             return chosen
         if len(items) != len(self.names):
             raise RowError("label", f"has {len(items)} numbers for {len(self.names)} labels")
@@ -88,8 +93,9 @@ class Labelling:
 def discovered(cfg: Data, objective: str, problem: str) -> tuple[tuple[str, ...], str]:
     """The labels of the training rows, and the problem that they pose.
 
-    Names of classes are sorted as texts, or as numbers if all are whole ones. Rows that have numbers instead number the classes, which
-    are then called LABEL_0, LABEL_1 ... as in transformers, and so are outputs without names.
+    Names of classes are sorted as texts, or as numbers if all are of digits. Rows that have numbers
+    instead number the classes, which are then called LABEL_0, LABEL_1 ... as in transformers, and
+    so are outputs without names.
 
     Args:
         cfg: the data section of the config.

@@ -136,6 +136,7 @@ def test_batches_hold_labels_beside_their_tokens(
         ([3, 4], SCORES, (("LABEL_0",), SCORES)),
         ([["b"], ["a", "c"]], "auto", (("a", "b", "c"), SOME)),
         ([[0.0, 1.0, 1.0]], "auto", (("LABEL_0", "LABEL_1", "LABEL_2"), SOME)),
+        ([[False, True], [False, False]], "auto", (("LABEL_0", "LABEL_1"), SOME)),
         ([[0.5, 1.0]], SCORES, (("LABEL_0", "LABEL_1"), SCORES)),
     ],
 )
@@ -157,6 +158,13 @@ def test_labels_that_do_not_fit_are_bad_rows(bert_tokenizer: Any, write_rows: Ca
     path = write_rows([{"text": "a", "label": "yes"}, {"text": "b", "label": "yea"}])
     with pytest.raises(DataError, match=r"rows.jsonl:2: label: is 'yea', which is none of the 2"):
         loaded(path, bert_tokenizer, Labelling(SEQUENCE, ("no", "yes")))
+    some = Labelling(SEQUENCE, ("x", "y"), SOME)
+    with pytest.raises(RowError, match="a class twice - write 0.0 or 1.0 for each class"):
+        some.numbers_of((0, 1, 0))
+    assert some.numbers_of(classified({"text": "t", "label": [False, True]}).label).tolist() == [
+        0,
+        1,
+    ]
     with pytest.raises(DataError, match="has 1 numbers for 2 labels"):
         path = write_rows([{"text": "a", "label": 3}])
         loaded(path, bert_tokenizer, Labelling(SEQUENCE, ("x", "y"), SCORES))
