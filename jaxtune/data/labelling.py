@@ -87,6 +87,10 @@ class Labelling:
             raise RowError("label", f"is {label!r}, which is no number") from error
         if not np.isfinite(numbers).all():
             raise RowError("label", f"is {label!r}, which is not finite")
+        if self.problem == SOME and not np.isin(numbers, (0, 1)).all():
+            raise RowError(
+                "label", f"is {label!r}, and problem_type={SOME} has a 0.0 or 1.0 for each class"
+            )
         return numbers
 
 
@@ -100,7 +104,8 @@ def discovered(cfg: Data, objective: str, problem: str) -> tuple[tuple[str, ...]
     Args:
         cfg: the data section of the config.
         objective: its name, a key of `KINDS` with labels.
-        problem: ONE, SOME, SCORES, or "auto": a list of classes is SOME, a float SCORES.
+        problem: ONE, SOME, SCORES, or "auto": SCORES if any row has a float, but for lists of 0.0
+            and 1.0; else SOME if any has a list.
 
     Raises:
         DataError: as `dataset.load`, or there is no label.
@@ -118,7 +123,7 @@ def discovered(cfg: Data, objective: str, problem: str) -> tuple[tuple[str, ...]
         names = ", ".join(cfg.train)
         raise DataError(f"{names}: no usable row has a label - check the files and data.format")
     if problem == "auto":
-        problem = max(kinds, key=(ONE, SCORES, SOME).index)
+        problem = max(kinds, key=(ONE, SOME, SCORES).index)
     if problem == SCORES or all(isinstance(label, float) for label in found):
         return _numbered(width), problem
     return _names(list(found)), problem
@@ -138,7 +143,8 @@ def _labels_of(row: Labelled) -> tuple[tuple[Label, ...], str]:
         return row.tags, ONE
     assert isinstance(row, Classified)
     if isinstance(row.label, tuple):
-        return row.label, SOME
+        are_scores = any(isinstance(item, float) and item not in (0, 1) for item in row.label)
+        return row.label, SCORES if are_scores else SOME
     return (row.label,), SCORES if isinstance(row.label, float) else ONE
 
 

@@ -137,6 +137,7 @@ def test_batches_hold_labels_beside_their_tokens(
         ([["b"], ["a", "c"]], "auto", (("a", "b", "c"), SOME)),
         ([[0.0, 1.0, 1.0]], "auto", (("LABEL_0", "LABEL_1", "LABEL_2"), SOME)),
         ([[False, True], [False, False]], "auto", (("LABEL_0", "LABEL_1"), SOME)),
+        ([[1.0, 0.0], [0.5, -2.0]], "auto", (("LABEL_0", "LABEL_1"), SCORES)),
         ([[0.5, 1.0]], SCORES, (("LABEL_0", "LABEL_1"), SCORES)),
     ],
 )
@@ -165,6 +166,8 @@ def test_labels_that_do_not_fit_are_bad_rows(bert_tokenizer: Any, write_rows: Ca
         0,
         1,
     ]
+    with pytest.raises(RowError, match="has a 0.0 or 1.0 for each class"):
+        some.numbers_of((0.5, 1.0))
     with pytest.raises(DataError, match="has 1 numbers for 2 labels"):
         path = write_rows([{"text": "a", "label": 3}])
         loaded(path, bert_tokenizer, Labelling(SEQUENCE, ("x", "y"), SCORES))
