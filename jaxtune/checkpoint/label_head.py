@@ -41,12 +41,15 @@ def with_head(checkpoint: Checkpoint, objective: Any, seed: int) -> Checkpoint:
     if objective.name not in TASKS:
         _require_language_model(checkpoint, objective.name)
         return checkpoint
-    head = wanted_head(objective)
-    if head == head_of(checkpoint.config):
+    stored = head_of(checkpoint.config)
+    head = wanted_head(objective, stored)
+    if head == stored:
         return checkpoint
     family = models.family(checkpoint.config.get("model_type"))
     config = {k: v for k, v in checkpoint.config.items() if k not in _OF_LABELS}
     config |= head.fields(family)
+    if stored is not None and (stored.task, stored.labels) == (head.task, head.labels):
+        return dataclasses.replace(checkpoint, config=config)  # another loss of the same head
     headed, model_config = models.read_config(config, checkpoint.name)
     pooler = headed.form.pooler
     new = {
@@ -96,10 +99,19 @@ def require_pooler(stored: Checkpoint, family: Any, saved: Container[str]) -> No
         )
 
 
-def wanted_head(objective: Any) -> Head:
-    """The head that config.objective asks for; ConfigError if it does not say of which labels."""
+def wanted_head(objective: Any, stored: Head | None) -> Head:
+    """The head that config.objective asks for; what it leaves open is that of the stored one.
+
+    Raises:
+        ConfigError: neither says of which labels it is.
+    """
     if objective.name == "question_answering":
         return Head(objective.name, SPAN)
+    if stored is not None and stored.task == objective.name:
+        if objective.labels in ((), stored.labels):
+            auto = objective.problem_type == "auto"
+            problem = stored.problem if auto else objective.problem_type
+            return dataclasses.replace(stored, problem=problem)
     if not objective.labels:
         raise ConfigError(
             f"config.objective.labels is empty, and objective.name={objective.name} needs to know "

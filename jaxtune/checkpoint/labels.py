@@ -2,8 +2,10 @@
 
 import dataclasses
 
+from jaxtune.checkpoint.label_head import wanted_head
 from jaxtune.checkpoint.tensors import Checkpoint
 from jaxtune.data import Labelling, labelling
+from jaxtune.log import warn
 from jaxtune.models import read_config
 from jaxtune.models.heads import head_of
 from jaxtune.schema import RunConfig
@@ -24,15 +26,21 @@ def with_labels(config: RunConfig, checkpoint: Checkpoint) -> RunConfig:
         return config
     labels, problem = asked.labels, asked.problem_type
     stored = head_of(checkpoint.config)
-    if not labels and stored is not None and stored.task == asked.name:
-        labels = stored.labels
-        problem = stored.problem if problem == "auto" else problem
+    if stored is not None and stored.task == asked.name and labels in ((), stored.labels):
+        head = wanted_head(asked, stored)
+        labels, problem = head.labels, head.problem
     elif not labels:
         labels, problem = labelling.discovered(config.data, asked.name, problem)
     elif problem == "auto":
         problem = labelling.problem_of(config.data, asked.name)
     if asked.name == "token_classification":
         problem = "auto"  # it has one only
+    if stored is not None and (stored.task, stored.labels) != (asked.name, labels):
+        warn(
+            f"{checkpoint.name} has a head for {stored.task} of {len(stored.labels)} labels, which "
+            f"are not the {len(labels)} of objective.name={asked.name} in this order: a new one is "
+            "drawn in its place"
+        )
     chosen = dataclasses.replace(asked, labels=labels, problem_type=problem)
     return dataclasses.replace(config, objective=chosen)
 

@@ -1,6 +1,6 @@
 """What rows are labelled with: which classes there are, and what a row's labels are as numbers."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -123,18 +123,21 @@ def discovered(cfg: Data, objective: str, problem: str) -> tuple[tuple[str, ...]
         names = ", ".join(cfg.train)
         raise DataError(f"{names}: no usable row has a label - check the files and data.format")
     if problem == "auto":
-        problem = max(kinds, key=(ONE, SOME, SCORES).index)
+        problem = _posed(kinds)
     if problem == SCORES or all(isinstance(label, float) for label in found):
         return _numbered(width), problem
     return _names(list(found)), problem
 
 
 def problem_of(cfg: Data, objective: str) -> str:
-    """The problem that the first usable training row poses (see `discovered`)."""
-    for row in read_examples(sources_of(cfg, "train"), cfg, KINDS[objective]):
-        if not isinstance(row, BadRow):
-            return _labels_of(row)[1]
-    return ONE
+    """The problem that the training rows pose (see `discovered`)."""
+    rows = read_examples(sources_of(cfg, "train"), cfg, KINDS[objective])
+    return _posed({_labels_of(row)[1] for row in rows if not isinstance(row, BadRow)})
+
+
+def _posed(kinds: Collection[str]) -> str:
+    """The problem of rows that pose these; one class if there are none."""
+    return max(kinds, key=(ONE, SOME, SCORES).index, default=ONE)
 
 
 def _labels_of(row: Labelled) -> tuple[tuple[Label, ...], str]:

@@ -8,7 +8,7 @@ import pytest
 
 from jaxtune.data import Labelling, Loader, load, load_tokenizer
 from jaxtune.data.annotations import classified, extractive, tagged
-from jaxtune.data.labelling import ONE, SCORES, SOME, discovered
+from jaxtune.data.labelling import ONE, SCORES, SOME, discovered, problem_of
 from jaxtune.data.rows import RowError
 from jaxtune.errors import ConfigError, DataError
 from jaxtune.schema import LABELLED, Data
@@ -132,6 +132,7 @@ def test_batches_hold_labels_beside_their_tokens(
         (["b", "a", "b"], "auto", (("a", "b"), ONE)),
         (["10", "9", "1"], "auto", (("1", "9", "10"), ONE)),
         ([0, 2, True], "auto", (("LABEL_0", "LABEL_1", "LABEL_2"), ONE)),
+        ([3, 2.5], "auto", (("LABEL_0",), SCORES)),
         ([0.5, 2.0], "auto", (("LABEL_0",), SCORES)),
         ([3, 4], SCORES, (("LABEL_0",), SCORES)),
         ([["b"], ["a", "c"]], "auto", (("a", "b", "c"), SOME)),
@@ -145,7 +146,9 @@ def test_labels_and_problem_of_rows(
     labels: list[Any], problem: str, found: Any, write_rows: Callable[..., str]
 ):
     rows = [{"text": "t", "label": label} for label in labels]
-    assert discovered(Data(train=(write_rows(rows),)), SEQUENCE, problem) == found
+    cfg = Data(train=(write_rows(rows),))
+    assert discovered(cfg, SEQUENCE, problem) == found
+    assert problem != "auto" or problem_of(cfg, SEQUENCE) == found[1]
 
 
 def test_a_number_is_the_class_of_that_name_or_else_an_index():

@@ -16,6 +16,7 @@ from jaxtune.checkpoint.adapter import load_adapter, save_adapter
 from jaxtune.checkpoint.hf import load_weights
 from jaxtune.checkpoint.hf_save import save_model
 from jaxtune.checkpoint.label_head import with_head
+from jaxtune.checkpoint.labels import with_labels
 from jaxtune.checkpoint.safetensors import read_folder, read_tensor
 from jaxtune.checkpoint.source import open_checkpoint
 from jaxtune.checkpoint.tensors import Checkpoint
@@ -23,7 +24,7 @@ from jaxtune.data.batch import TokenBatch
 from jaxtune.errors import ConfigError, WeightError
 from jaxtune.models.heads import TASKS, head_of, label_logits
 from jaxtune.objectives import OBJECTIVES
-from jaxtune.schema import LABELLED, Objective, Peft
+from jaxtune.schema import LABELLED, Objective, Peft, RunConfig
 from jaxtune.sharding import rules
 from jaxtune.sharding.mesh import make_mesh
 from tests import oracle, tolerances
@@ -288,8 +289,11 @@ def test_a_new_head_takes_the_place_of_others():
     assert new == {"score.weight"} and gone == {"lm_head.weight"}
     assert headed.read("score.weight").shape == (3, 32)
     assert 0.01 < headed.read("score.weight").std() < 0.03
-    # The same labels: the head stays; others: it is new.
+    # The same labels, or none named: the head stays; others: it is new.
     assert with_head(headed, objective, seed=2) is headed
+    assert with_head(headed, Objective(name=SEQUENCE), seed=2) is headed
+    some = with_head(headed, dataclasses.replace(objective, problem_type=SOME), seed=2)
+    assert some.config["problem_type"] == SOME and some.read is headed.read
     other = with_head(headed, dataclasses.replace(objective, labels=("a", "b")), seed=2)
     assert other.tensors["score.weight"].shape == (2, 32)
     assert head_of(other.config) is not None and other.config["label2id"] == {"a": 0, "b": 1}
@@ -312,6 +316,20 @@ def test_a_new_head_takes_the_place_of_others():
 def test_what_no_model_can_do_is_refused(model: str, objective: Objective, message: str):
     with pytest.raises(ConfigError, match=message):
         with_head(open_checkpoint(f"tiny:{model}"), objective, seed=0)
+
+
+def test_a_head_of_the_same_labels_keeps_its_problem_and_another_is_told_of(
+    capsys: pytest.CaptureFixture[str],
+):
+    stored = Objective(name=SEQUENCE, labels=("a", "b"), problem_type=SCORES)
+    headed = with_head(open_checkpoint("tiny:llama"), stored, seed=0)
+    for labels in ((), ("a", "b")):
+        cfg = RunConfig(objective=Objective(name=SEQUENCE, labels=labels))
+        assert with_labels(cfg, headed).objective == stored
+    assert not capsys.readouterr().err
+    other = dataclasses.replace(stored, labels=("b", "a"))
+    assert with_labels(RunConfig(objective=other), headed).objective == other
+    assert "of 2 labels, which are not the 2 of" in capsys.readouterr().err
 
 
 def test_a_classifier_has_no_next_tokens():
