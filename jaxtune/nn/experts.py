@@ -215,7 +215,8 @@ def _mixed(
         if w.a is not None:
             y += ops.grouped_matmul(ops.grouped_matmul(rows, w.a, sizes), w.b, sizes)
         if w.bias is not None:
-            y += w.bias.astype(y.dtype)[jnp.minimum(owner, num_experts - 1)]
+            own = w.bias.astype(y.dtype)[jnp.minimum(owner, num_experts - 1)]
+            y += jnp.where(is_real, own, 0)  # nor gets a gradient from the others
         return checkpoint_name(y, "linear")
 
     # What stands behind the last group is not defined, both ways.

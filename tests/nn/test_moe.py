@@ -119,6 +119,41 @@ def test_experts_on_a_mesh_are_those_of_one_device(axes: dict[str, int], rows: i
         assert oracle.difference(mine, theirs) <= tolerances.SHARDED
 
 
+def test_rows_of_nobody_give_biases_no_gradient(monkeypatch: pytest.MonkeyPatch):
+    """Kernels may leave anything behind the last group, in gradients as well."""
+
+    @jax.custom_vjp
+    def product(x: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array:
+        return forward(x, w, sizes)[0]
+
+    def forward(x: jax.Array, w: jax.Array, sizes: jax.Array) -> Any:
+        owner = jnp.searchsorted(jnp.cumsum(sizes), jnp.arange(len(x)), side="right")
+        real = (owner < len(w))[:, None]
+        rows = jnp.minimum(owner, len(w) - 1)
+        return jnp.where(real, jnp.einsum("md,mdf->mf", x, w[rows]), 7.0), (w, rows, real)
+
+    def backward(saved: Any, g: jax.Array) -> Any:
+        w, rows, real = saved
+        return jnp.where(real, jnp.einsum("mf,mdf->md", g, w[rows]), 7.0), jnp.zeros_like(w), None
+
+    product.defvjp(forward, backward)
+    monkeypatch.setattr(ops, "grouped_matmul", product)
+    skeleton = described(Policy())
+    x, chosen, weights = routed(1, 5)
+    params = values(skeleton)
+    biases = {name: array for name, array in params.items() if name.endswith("bias")}
+    # Half of the choices are of experts that another shard has.
+    chosen = np.where(np.arange(TOP) == 0, EXPERTS + 1, chosen)
+
+    def loss(biases: Any, x: Any, chosen: Any, weights: Any) -> jax.Array:
+        return skeleton.model(params | biases)(x, jnp.asarray(chosen), weights).sum()
+
+    got = jax.grad(loss)(biases, x, chosen, weights)
+    expected = jax.grad(loss)(biases, x, chosen[..., 1:], weights[..., 1:])
+    for name in biases:
+        assert oracle.difference(got[name], expected[name]) <= tolerances.OPS, name
+
+
 def results(jaxpr: Any) -> Iterator[tuple[int, ...]]:
     """Shapes of everything that a program computes."""
     for eqn in jaxpr.eqns:
