@@ -88,11 +88,15 @@ class ExpertLinear(nnx.Module):
             self._gathered(b, (experts, None, columns)),
         )
 
-    def specs(self, weights: Weights, mesh: Mesh) -> Weights:
-        """Where `weights()` lie."""
-        experts, rows, columns = self.axes
+    def specs(self, weights: Weights, mesh: Mesh, *, whole: bool = False) -> Weights:
+        """Where `weights()` lie; `whole`: or are brought to, hidden features not cut."""
+        names = (None if whole and axis == "mlp" else axis for axis in self.axes)
+        experts, rows, columns = names
         axes = Weights(
-            self.axes, (experts, columns), (experts, rows, None), (experts, None, columns)
+            (experts, rows, columns),
+            (experts, columns),
+            (experts, rows, None),
+            (experts, None, columns),
         )
         found = (
             None if leaf is None else gathered_specs(leaf, names, mesh)
@@ -160,6 +164,10 @@ class Experts(nnx.Module):
         tokens = spec(x.shape, TOKENS, mesh)
         down = parts[2].kernel
         experts, features, _ = down.codes if isinstance(down, QArray) else down
+        if features is None:  # no shard may cut down's blocks, so none has a part of its inputs
+            parts = tuple(
+                layer.specs(one, mesh, whole=True) for layer, one in zip(layers, given, strict=True)
+            )
         # Sums over tensor shards go where the residual is, each shard's tokens to itself.
         summed = tokens if features is None else spec(x.shape, RESIDUAL, mesh)
         crosses = experts is not None and "expert" in (tokens[0] or ())

@@ -11,6 +11,7 @@ from flax import nnx
 
 from jaxtune import models, ops, tree
 from jaxtune.data import TokenBatch
+from jaxtune.nn import quantized
 from jaxtune.nn.experts import Experts
 from jaxtune.nn.mlp import Gate
 from jaxtune.nn.moe import MoE, MoEConfig
@@ -116,6 +117,43 @@ def test_experts_on_a_mesh_are_those_of_one_device(axes: dict[str, int], rows: i
     params = {name: jax.device_put(params[name], placed[name].sharding) for name in params}
     got = summed(skeleton, weights, chosen)(params, x)
     for mine, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        assert oracle.difference(mine, theirs) <= tolerances.SHARDED
+
+
+def test_quantized_experts_whose_blocks_cannot_be_cut_are_whole():
+    """Three blocks of 64 rows on two shards: columns of gate and up could be cut."""
+    hidden, width = 192, 64
+    _, chosen, weights = routed(4, 8)
+    x = random(9, 4, 8, width)
+    shapes = {
+        "gate_proj": (width, hidden),
+        "up_proj": (width, hidden),
+        "down_proj": (hidden, width),
+    }
+    kernels = {
+        f"{name}.kernel": quantize(jnp.asarray(random(i, EXPERTS, *shape)), "nf4")
+        for i, (name, shape) in enumerate(shapes.items())
+    }
+    biases = {
+        f"{name}.bias": random(i, EXPERTS, n) for i, (name, (_, n)) in enumerate(shapes.items())
+    }
+
+    def found(policy: Policy) -> Any:
+        def make() -> Experts:
+            fields: dict[str, Any] = {"gate": Gate("silu"), "bias": True, "policy": policy}
+            experts = Experts(EXPERTS, width, hidden, **fields, rngs=nnx.Rngs(0))
+            quantized.put(experts, kernels)
+            return experts
+
+        def loss(x: Any, biases: Any) -> jax.Array:
+            y = skeleton.model(kernels | biases)(x, jnp.asarray(chosen), weights)
+            return (y * random(8, *x.shape)).sum()
+
+        skeleton = tree.describe(make)
+        return jax.tree.leaves(jax.jit(jax.value_and_grad(loss, (0, 1)))(x, biases))
+
+    mesh = make_mesh({"data": 1, "expert": 4, "tensor": 2})
+    for mine, theirs in zip(found(Policy(mesh=mesh)), found(Policy()), strict=True):
         assert oracle.difference(mine, theirs) <= tolerances.SHARDED
 
 
