@@ -76,8 +76,8 @@ def resolve_policy(config: RunConfig, model_config: Any, mesh: Mesh) -> Policy:
         require_host_memory(mesh, "model.offload_frozen")
         if period(model_config.layer_kinds) > 1:
             raise ConfigError(
-                "config.model.offload_frozen fetches layer by layer in a scan, and the windows of "
-                "this model's layers differ - turn it off"
+                "config.model.offload_frozen fetches layer by layer in a scan, and this model's "
+                f"layers differ in {_differences(model_config)} - turn it off"
             )
     names = [f.name for f in dataclasses.fields(Policy) if hasattr(model, f.name)]
     segments = _segments(config, model_config, mesh)
@@ -89,6 +89,14 @@ def resolve_policy(config: RunConfig, model_config: Any, mesh: Mesh) -> Policy:
     chosen["imbalance"] = config.train.router_aux_loss > 0
     chosen["context_parallel"] = _context_parallel(config, model_config, mesh)
     return suited_policy(platform, mesh=mesh, **chosen)
+
+
+def _differences(model_config: Any) -> str:
+    """What layers that are not alike differ in, for messages."""
+    words = {"rope": "rotation", "window": "windows", "dense": "experts, which some do not have"}
+    kinds = model_config.layer_kinds
+    differ = [word for name, word in words.items() if len({getattr(k, name) for k in kinds}) > 1]
+    return " and ".join(differ)
 
 
 def _segments(config: RunConfig, model_config: Any, mesh: Mesh) -> dict[str, Any]:
@@ -106,8 +114,8 @@ def _segments(config: RunConfig, model_config: Any, mesh: Mesh) -> dict[str, Any
     alike = period(model_config.layer_kinds) == 1
     if turns is not None and not alike:
         raise ConfigError(
-            f"config.peft.method={config.peft.method} goes over layers that are alike, and the "
-            "windows of this model's layers differ - use another method, e.g. freeze"
+            f"config.peft.method={config.peft.method} goes over layers that are alike, and this "
+            f"model's differ in {_differences(model_config)} - use another method, e.g. freeze"
         )
     if turns is not None:
         return {"layers": "scan", "remat": "full"}
@@ -156,8 +164,8 @@ def _cut_for_pipeline(config: RunConfig, model_config: Any, mesh: Mesh) -> dict[
     if parts > 1 and num_layers // parts % repeats:
         raise ConfigError(
             f"config.mesh.stage={stages} x train.pipeline_chunks={train.pipeline_chunks} cuts the "
-            f"{num_layers} layers inside the {repeats} after which their windows repeat - use "
-            "numbers that do not, or mesh.fsdp"
+            f"{num_layers} layers inside the {repeats} after which they repeat (they differ in "
+            f"{_differences(model_config)}) - use numbers that do not, or mesh.fsdp"
         )
     if stages * train.pipeline_chunks > 1 and config.model.layers == "unroll":
         raise ConfigError(

@@ -61,3 +61,12 @@ def test_latent_attention_has_no_prefix():
     one = make_mesh({"data": 1}, jax.devices()[:1])
     with pytest.raises(ConfigError, match="method=prefix: .* one latent vector"):
         resolve_policy(RunConfig(peft=Peft(method="prefix")), latent, one)
+
+
+@pytest.mark.parametrize("method", ["lisa", "full"])
+def test_layers_that_differ_are_told_by_what_they_differ_in(method: str):
+    hf = deepseek_v2.TINY | {"num_hidden_layers": 4}
+    config = RunConfig(peft=Peft(method=method), mesh=Mesh(stage=2 if method == "full" else 1))
+    mesh = make_mesh({"stage": config.mesh.stage}, jax.devices()[: config.mesh.stage])
+    with pytest.raises(ConfigError, match="differ in experts, which some do not have"):
+        resolve_policy(config, deepseek_v2.Config.from_hf(hf), mesh)

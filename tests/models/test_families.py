@@ -378,7 +378,7 @@ def test_rows_longer_than_learned_positions_are_refused():
 def test_windows_that_do_not_repeat_within_a_stage_are_refused():
     config = dataclasses.replace(RunConfig(), model=Model(path="tiny:gemma2"))
     model_config = models.read_config(models.family("gemma2").TINY, "tiny:gemma2")[1]
-    with pytest.raises(ConfigError, match="inside the 2 after which their windows repeat"):
+    with pytest.raises(ConfigError, match="inside the 2 after which they repeat"):
         resolve_policy(config, model_config, make_mesh({"stage": 3}, jax.devices()[:3]))
 
 
