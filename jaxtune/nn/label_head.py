@@ -52,7 +52,7 @@ class Dense(nnx.Module):
         normal = nnx.initializers.normal(0.02)
         self.policy = policy
         self.kernel = HeadParam(
-            normal(rngs.params(), (d_in, d_out), policy.param_dtype), axes=("embed", None)
+            normal(rngs.params(), (d_in, d_out), policy.param_dtype), axes=("embed", "scores")
         )
         self.bias: Any = nnx.data(None)
         if bias:
@@ -62,7 +62,7 @@ class Dense(nnx.Module):
         policy = self.policy
         weight = gathered(
             self.kernel.get_value(),
-            ("embed", None),
+            ("embed", "scores"),
             policy.mesh,
             scatter=policy.sharding_stage > 1,
         )

@@ -69,7 +69,7 @@ class Router(nnx.Module):
         self.policy = policy
         normal = nnx.initializers.normal(0.02)
         values = normal(rngs.params(), (width, c.num_experts), policy.param_dtype)
-        self.weight = nnx.Param(values, axes=("embed", None))
+        self.weight = nnx.Param(values, axes=("embed", "scores"))
         self.bias: Any = nnx.data(None)
         if c.bias:
             self.bias = nnx.Param(jnp.zeros((c.num_experts,), policy.param_dtype), axes=(None,))
@@ -82,7 +82,7 @@ class Router(nnx.Module):
         c = self.config
         weight = gathered(
             self.weight.get_value(),
-            ("embed", None),
+            ("embed", "scores"),
             self.policy.mesh,
             scatter=self.policy.sharding_stage > 1,
         )

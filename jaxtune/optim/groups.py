@@ -7,8 +7,11 @@ from jaxtune.schema import Optim
 
 
 def is_kernel(names: tuple[str | None, ...]) -> bool:
-    """Whether axes are those of a layer's matrix: two or more, and none counts tokens."""
-    return len(names) >= 2 and not {"vocab", "tokens"} & set(names)
+    """Whether axes are those of a layer's matrix: two or more, and none counts tokens or scores.
+
+    Matrices of scores, of a head for labels or a router, are as the vocabulary's.
+    """
+    return len(names) >= 2 and not {"vocab", "tokens", "scores"} & set(names)
 
 
 def rate_factors(config: Optim, axes: Mapping[str, tuple[str | None, ...]]) -> dict[str, float]:

@@ -26,7 +26,7 @@ def scale_by_muon(
     eps: float,
     axes: Mapping[str, tuple[str | None, ...]],
 ) -> optax.GradientTransformation:
-    """Muon for the matrices, each layer's by itself; Adam for vectors and vocabulary tables.
+    """Muon for the matrices, each layer's by itself; Adam for vectors, tables and scores.
 
     Args:
         momentum: of matrices.

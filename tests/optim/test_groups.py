@@ -5,11 +5,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
+from jaxtune import models, tree
+from jaxtune.checkpoint.label_head import with_head
+from jaxtune.checkpoint.source import open_checkpoint
 from jaxtune.errors import ConfigError
+from jaxtune.nn.params import Policy
 from jaxtune.optim import make_optimizer, make_schedule
-from jaxtune.optim.groups import rate_factors
-from jaxtune.schema import Optim
+from jaxtune.optim.groups import is_kernel, rate_factors
+from jaxtune.schema import Objective, Optim
 from tests.oracle import hf_llama
 
 RATES = {"learning_rate": 1e-3, "loraplus_ratio": 16.0, "embedding_learning_rate": 1e-5}
@@ -101,6 +106,23 @@ def test_state_has_the_same_layout_without_groups():
         state = make_optimizer(numbers, optax.constant_schedule(0.1), AXES).init(params)
         trees.append([p for p, _ in jax.tree_util.tree_leaves_with_path(state)])
     assert trees[0] == trees[1]
+
+
+@pytest.mark.parametrize(
+    ("config", "outside"),
+    [("bert", {"classifier.out.kernel", "embed.table"}), ("mixtral", {"layers.mlp.router.weight"})],
+)
+def test_scores_are_no_matrices_of_layers(config: str, outside: set[str]):
+    checkpoint = open_checkpoint(f"tiny:{config}")
+    if config == "bert":
+        objective = Objective(name="sequence_classification", labels=("a", "b", "c"))
+        checkpoint = with_head(checkpoint, objective, seed=0)
+    family, model_config = models.read_config(checkpoint.config, checkpoint.name)
+    made = tree.describe(lambda: family.build(model_config, Policy(), nnx.Rngs(0)))
+    axes = {name.replace("layers.0.", "layers."): made.axes(name) for name in made.abstract()}
+    assert outside <= axes.keys()
+    assert not any(is_kernel(axes[name]) for name in outside)
+    assert is_kernel(axes["layers.attn.q_proj.kernel"])
 
 
 def test_a_rate_of_an_embedding_that_does_not_train_is_refused():
