@@ -22,6 +22,7 @@ from jaxtune.errors import ConfigError, WeightError
 from jaxtune.log import info
 from jaxtune.models import read_config
 from jaxtune.models.base import TRANSPOSE, Weight
+from jaxtune.models.heads import head_of
 from jaxtune.peft import Adapters
 from jaxtune.peft.base import EMBEDDING
 from jaxtune.quant import QArray
@@ -86,6 +87,9 @@ def save_model(
     roundings = Roundings()
     read = _reader(params, checkpoint, adapters, targets, tensors, roundings)
     config, stored, read_stored = _config(checkpoint, dtype), tensors, read
+    if tokenizer is not None and head_of(config) is not None and config.get("pad_token_id") is None:
+        # transformers looks for the last token of a text by it, and refuses batches without.
+        config["pad_token_id"] = getattr(tokenizer, "pad_token_id", None)
     if quantize is not None:
         names = _matrices(weights, sum(stacks))
         matrix = next(name for name in tensors if name in names)

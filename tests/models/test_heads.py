@@ -5,6 +5,7 @@ import functools
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import jax
@@ -330,6 +331,17 @@ def test_a_head_of_the_same_labels_keeps_its_problem_and_another_is_told_of(
     other = dataclasses.replace(stored, labels=("b", "a"))
     assert with_labels(RunConfig(objective=other), headed).objective == other
     assert "of 2 labels, which are not the 2 of" in capsys.readouterr().err
+
+
+def test_an_exported_classifier_knows_the_tokenizers_padding(tmp_path: Path):
+    tiny = open_checkpoint("tiny:llama")
+    tiny = dataclasses.replace(tiny, config=tiny.config | {"pad_token_id": None})
+    headed = with_head(tiny, Objective(name=SEQUENCE, labels=("a", "b")), seed=0)
+    loaded = oracle.load(headed)
+    tokenizer = SimpleNamespace(pad_token_id=7, save_pretrained=lambda folder: None)
+    where = (loaded.params, headed, loaded.weights, loaded.stacks)
+    save_model(tmp_path / "x", *where, tokenizer=tokenizer)
+    assert json.loads((tmp_path / "x" / "config.json").read_text())["pad_token_id"] == 7
 
 
 def test_a_classifier_has_no_next_tokens():
