@@ -126,7 +126,8 @@ def test_an_embedding_without_a_head_of_a_language_model(tmp_path: Path):
     np.testing.assert_array_equal(read.read(name), written.read(name))
     # An adapter without a head is merged before the objective's head is put on.
     objective = Objective(name="sequence_classification", labels=("a", "b"))
-    section = Peft(merged_adapters=(str(folder),), rank=2)
+    pooler = {"modules_to_save": ("pooler",), "exclude_modules": ("pooler",)}
+    section = Peft(merged_adapters=(str(folder),), rank=2, **pooler)
     config = RunConfig(objective=objective, peft=section, data=Data(train=("rows.jsonl",)))
     run = build.describe(config, make_mesh({"data": 1}, jax.devices()[:1]), encoder)
     assert run.checkpoint.tensors["classifier.weight"].shape == (2, 32)

@@ -15,6 +15,7 @@ import pytest
 from jaxtune import build
 from jaxtune.checkpoint.adapter import load_adapter
 from jaxtune.checkpoint.adapter_config import CONFIG_FILE
+from jaxtune.checkpoint.label_head import with_head
 from jaxtune.checkpoint.safetensors import read_folder, read_tensor
 from jaxtune.checkpoint.source import open_checkpoint
 from jaxtune.errors import ConfigError
@@ -161,7 +162,8 @@ def test_layers_outside_the_stack_lose_triplets(tmp_path: Path):
     objective = Objective(name="sequence_classification", labels=("a", "b"))
     config = RunConfig(objective=objective, peft=peft, data=Data(train=("rows.jsonl",)))
     mesh = make_mesh({"data": 1}, jax.devices()[:1])
-    run = build.describe(config, mesh, open_checkpoint("tiny:bert"))
+    headed = with_head(open_checkpoint("tiny:bert"), objective, seed=0)  # its pooler is no new one
+    run = build.describe(config, mesh, headed)
     tx = build.make_optimizer(run, optax.constant_schedule(0.1), 2)
     random = np.random.default_rng(0)
     params: Any = {n: random.normal(size=x.shape, scale=0.1) for n, x in run.trainable.items()}
