@@ -101,7 +101,7 @@ def load(run: Run, read: Callable[[Keep], Params], taken: Params | None) -> Para
 
     def keep(place: Place, array: np.ndarray) -> np.ndarray:
         path, _, leaf = place.path.rpartition(".")
-        config = adapters.choice[path][_position(place)] if path in adapters.choice else None
+        config = adapters.choice[path][place.position] if path in adapters.choice else None
         if leaf != "kernel" or config is None:
             return array
         weight = jnp.asarray(array, jnp.float32)
@@ -121,11 +121,6 @@ def load(run: Run, read: Callable[[Keep], Params], taken: Params | None) -> Para
     return base | {name: to_device(pairs[name], leaf.sharding) for name, leaf in wanted.items()}
 
 
-def _position(place: Place) -> int:
-    """A layer's place in its stack."""
-    return place.index[0] if place.index else 0
-
-
 def _is_pair(name: str) -> bool:
     return name.endswith((".adapter.a", ".adapter.b"))
 
@@ -135,7 +130,7 @@ def _split(
 ) -> dict[str, np.ndarray]:
     """The first values of a layer's adapter, and the pair that the base loses."""
     path = place.path.removesuffix(".kernel")
-    layer = peft.layer_names(path, run.stacks)[_position(place)][1]
+    layer = peft.layer_names(path, run.stacks)[place.position][1]
     rng = np.random.default_rng([run.config.train.seed, zlib.crc32(layer.encode())])
     if start.init == "pissa":
         split = pissa(weight, config, start, rng)

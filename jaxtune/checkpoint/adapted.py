@@ -76,7 +76,7 @@ def with_adapter(
     module, _, leaf = place.path.rpartition(".")
     if adapters is None or module not in adapters.layers:
         return array
-    config = adapters.layers[module][place.index[0] if place.index else 0]
+    config = adapters.layers[module][place.position]
     if config is None:  # a layer of the stack that is not adapted
         return array
     slot = f"{module}.adapter."

@@ -256,11 +256,7 @@ def _of_others(adapters: Adapters, beside: Mapping[str, Place]) -> dict[str, Pla
     found = {}
     for key, place in beside.items():
         configs = adapters.choice.get(place.path.removesuffix(".bias"), ())
-        if (
-            configs
-            and configs[place.index[0] if place.index else 0] is None
-            and place.path in adapters.biases
-        ):
+        if configs and configs[place.position] is None and place.path in adapters.biases:
             found[key] = place
     return found
 

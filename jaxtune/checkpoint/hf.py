@@ -41,6 +41,11 @@ class Place(NamedTuple):
     shape: tuple[int, ...]  # of our parameter there
     of: int  # so many parameters share the tensor
 
+    @property
+    def position(self) -> int:
+        """Which entry of the adapters' `Choice` has the layer's knobs."""
+        return self.index[0] if self.index else 0
+
 
 def places(
     weights: Sequence[Weight], abstract: Mapping[str, Any], stacks: Sequence[int]
