@@ -75,15 +75,16 @@ def measure(options: str, steps: int, folder: Path) -> dict[str, Any]:
     trained = re.search(r"([\d,]+) trained", text)
     assert trained is not None
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    speeds = [row["tokens_per_second"] for row in rows if "tokens_per_second" in row]
+    train = [row for row in rows if row["split"] == "train"]
+    held_out = {key: row[key] for row in rows if row["split"] == "eval" for key in row}
     return {
         "options": options,
         "parameters": int(trained[1].replace(",", "")),
-        "token_seconds": 1 / statistics.median(speeds),
+        "token_seconds": 1 / statistics.median(row["tokens_per_second"] for row in train),
         "peak_bytes": usage.ru_maxrss * 1024,
-        "losses": {row["step"]: row["loss"] for row in rows if "loss" in row},
-        "eval_loss": [row["eval_loss"] for row in rows if "eval_loss" in row][-1],
-        "exact_match": [row["exact_match"] for row in rows if "exact_match" in row][-1],
+        "losses": {str(row["step"]): row["loss"] for row in train},
+        "eval_loss": held_out["loss"],
+        "exact_match": held_out["exact_match"],
     }
 
 
