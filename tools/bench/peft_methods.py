@@ -47,7 +47,7 @@ ROWS = {
     "optim.learning_rate=1e-2",
     "full": "peft.method=full optim.learning_rate=1e-4",
     "freeze": "peft.method=freeze peft.trainable_layers=8 optim.learning_rate=3e-4",
-    "llama_pro": "peft.method=llama_pro optim.learning_rate=5e-4",
+    "llama_pro": "peft.method=llama_pro peft.new_layers=5 optim.learning_rate=5e-4",
     "lisa": "peft.method=lisa peft.active_layers=4 peft.switch_steps=10 optim.learning_rate=2e-4",
     "badam": "peft.method=badam peft.active_layers=4 peft.switch_steps=10 optim.learning_rate=2e-4",
     "galore": "peft.method=full optim.name=galore optim.projection_rank=64 "
