@@ -71,6 +71,11 @@ def _dynamic(positions: jax.Array, rope: Rope) -> jax.Array:
 
 
 def _longrope(positions: jax.Array, rope: Rope) -> tuple[jax.Array, float]:
+    """Long factors for the whole row once it is longer than the original positions.
+
+    Keys in a cache keep the factors of their time; transformers 5 computes its cache anew when an
+    answer grows across the switch.
+    """
     short, long = (
         _inverse_powers(rope) / np.array(factors, np.float32)
         for factors in (rope.short_factor, rope.long_factor)

@@ -261,7 +261,8 @@ def test_lora_and_head_in_peft(case: str, tmp_path: Path):
     fields = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert fields["task_type"] == TASKS[task].peft and len(fields["modules_to_save"]) == 1
     theirs = peft.PeftModel.from_pretrained(hf, str(tmp_path / "adapter")).eval()
-    found = theirs(**arguments)
+    # PEFT 0.21.2's wrapper for question answering drops token_type_ids.
+    found = theirs.base_model(**arguments)
     if task == SPANS:
         expected = np.stack([found[key].detach() for key in ("start_logits", "end_logits")], -1)
     else:

@@ -8,6 +8,7 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 from jaxtune import ops
+from jaxtune.ops.matmul import xla
 from jaxtune.quant import quantize
 from tests import tolerances
 from tests.ops import matmul_cases
@@ -103,6 +104,12 @@ def test_small_adapter_survives_bfloat16():
     x, w, a, b = arrays((4, 12), (12, 10), (12, 3), (3, 10))
     small = ops.adapted_matmul(x.astype(jnp.bfloat16), 0 * w, 1e-4 * a, b)
     assert difference(small, 1e-4 * (x @ a @ b)) <= tolerances.OPS_BFLOAT16
+
+
+def test_one_product_with_joined_operands_is_the_sum_of_two():
+    """The form for TPU, which no test on CPU would take."""
+    x, w, u, v = arrays((2, 5, 12), (12, 10), (3, 2, 5), (3, 10))
+    assert difference(xla.joined(x, w, u, v), xla.added(x, w, u, v)) <= tolerances.OPS
 
 
 def test_quantized_weights():

@@ -21,24 +21,40 @@ def dense(w: jax.Array | QArray, dtype: DTypeLike) -> jax.Array:
 
 def forward(x: jax.Array, w: jax.Array | QArray, low: Pair | None) -> jax.Array:
     """x [..., D] W + u^T v: [..., F] in x's dtype, for low = (u [R, ...], v [R, F])."""
-    return _sum(x, dense(w, x.dtype), low)
+    return _sum(x, dense(w, x.dtype), low, can_join=not isinstance(w, QArray))
 
 
 def transposed(g: jax.Array, w: jax.Array | QArray, low: Pair | None) -> jax.Array:
     """g [..., F] W^T + u^T v: [..., D] in g's dtype, for low = (u [R, ...], v [R, D])."""
-    if isinstance(w, QArray):
+    is_dense = not isinstance(w, QArray)
+    if not is_dense:
         # Decoding waits for g. Else XLA would find that the forward pass has decoded the same
         # weight, and keep it until now.
         w, g = jax.lax.optimization_barrier((w, g))
-    return _sum(g, dense(w, g.dtype).T, low)
+    return _sum(g, dense(w, g.dtype).T, low, can_join=is_dense)
 
 
-def _sum(x: jax.Array, w: jax.Array, low: Pair | None) -> jax.Array:
+def _sum(x: jax.Array, w: jax.Array, low: Pair | None, *, can_join: bool) -> jax.Array:
     if low is None:
         return dot(x, w, x.dtype)
-    u = stay_transposed(jnp.moveaxis(low[0], 0, -1))
+    if can_join and x.dtype != jnp.float32:
+        return jax.lax.platform_dependent(x, w, *low, tpu=joined, default=added)
+    return added(x, w, *low)
+
+
+def joined(x: jax.Array, w: jax.Array, u: jax.Array, v: jax.Array) -> jax.Array:
+    """[x u^T] [w; v]: one product, into which XLA for TPU reads its operands piece by piece.
+
+    As two products the larger one would be written and read again to add the other.
+    """
+    wide, tall = [x, jnp.moveaxis(u, 0, -1)], [w, v]
+    return dot(jnp.concatenate(wide, -1), jnp.concatenate(tall), x.dtype)
+
+
+def added(x: jax.Array, w: jax.Array, u: jax.Array, v: jax.Array) -> jax.Array:
+    u = stay_transposed(jnp.moveaxis(u, 0, -1))
     # The small product is rounded first: in float32 XLA for TPU would write a whole [M, F] of it.
-    return (dot(x, w, jnp.float32) + dot(u, low[1], x.dtype)).astype(x.dtype)
+    return (dot(x, w, jnp.float32) + dot(u, v, x.dtype)).astype(x.dtype)
 
 
 def stay_transposed(x: jax.Array) -> jax.Array:
