@@ -174,7 +174,7 @@ class Peft:
     target_modules: tuple[str, ...] = _field(
         ("all-linear",),
         "layers that get an adapter: names (q_proj), regular expressions matched against the "
-        "whole path (layers.[0-3].mlp.*), all-linear (all but the head), or embed (lora)",
+        "whole path (layers.[0-3].mlp.*), all-linear (all but the head), or embed (lora, dora)",
     )
     exclude_modules: tuple[str, ...] = _field((), "names or patterns taken out of the targets")
     layers_to_transform: tuple[int, ...] = _field(

@@ -102,6 +102,7 @@ def test_every_adapter_method_has_a_row():
         "encoders",
         "beside",
         "combine",
+        "dora_embedding",
         "embedding",
         "patterns",
         "split",

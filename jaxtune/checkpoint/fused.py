@@ -18,7 +18,7 @@ from jaxtune.checkpoint.adapter_config import Module, is_matrix
 from jaxtune.checkpoint.hf import split_path
 from jaxtune.errors import ConfigError
 from jaxtune.models.base import Weight
-from jaxtune.peft import Adapters
+from jaxtune.peft import Adapters, weight_name
 from jaxtune.peft.lora import Config, with_rank
 
 METHOD = "lora"
@@ -56,7 +56,7 @@ def require_supported(adapters: Adapters, weights: Sequence[Weight]) -> None:
                 "no adapter of ours can name - take it out with peft.exclude_modules=.*experts.*"
             )
     for path in adapters.choice if adapters.method != METHOD else ():
-        if rows[f"{split_path(path)[1]}.kernel"].columns is not None:
+        if rows[weight_name(split_path(path)[1])].columns is not None:
             raise ConfigError(
                 f"config.peft.method={adapters.method}: {path} is part of a tensor, or in another "
                 f"order, in this family's files - use {METHOD}, or other peft.target_modules"

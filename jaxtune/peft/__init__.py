@@ -161,7 +161,7 @@ def choose_adapters(model: Any, section: Any) -> Adapters:
     if EMBEDDING in chosen and not hasattr(method, "ON_EMBEDDING"):
         raise ConfigError(
             f"config.peft.target_modules: peft.method={section.method} has no form for the "
-            f"embedding - use lora, or train it whole with peft.modules_to_save={EMBEDDING}"
+            f"embedding - use lora or dora, or train it with peft.modules_to_save={EMBEDDING}"
         )
     if EMBEDDING in chosen and getattr(config, "lora_bias", False):
         raise ConfigError(
@@ -368,7 +368,7 @@ def value_from_kernel(name: str, adapters: Adapters, kernel: Any) -> jax.Array |
     path, _, leaf = name.rpartition(".adapter.")
     if path in adapters.rows:
         return tokens.first(adapters.rows[path][0], kernel)
-    method = METHODS[adapters.method]
+    method = module_of(adapters, path)
     if leaf not in getattr(method, "FROM_KERNEL", ()):
         return None
 

@@ -32,8 +32,8 @@ one that adapts chosen layers
 
 where it needs them
 
-    ON_EMBEDDING  module of what it puts on the embedding, with `attach`, `initial`, `tensors` and
-                  `merge`; without it the embedding is no target
+    ON_EMBEDDING  module of what it puts on the embedding, with `attach`, `initial`, `tensors`,
+                  `merge` and maybe `from_kernel`; without it the embedding is no target
     EXPERTS       is True if it adapts experts too: what it puts into slots has `low_rank()`
     from_kernel   a layer's kernel -> the variables named by FROM_KERNEL, at first
     fixed         the knobs of a layer -> tensors of the folder that follow from them

@@ -6,8 +6,8 @@ m [D_out] trains beside LoRA's A and B and starts as the norms of W, so the mode
 base. n is a constant for the gradient (section 4.3 of the paper, and PEFT 0.21.2). With dropout the
 change y - (x W + bias) is computed from the dropped x, as PEFT does.
 
-W + s A B is never made: its squared norms are those of W, kept as a constant, and
-2 sum_r B * (A^T W) + sum_r B * ((A^T A) B), which needs products with R rows only.
+W + s A B is never made: its norms follow from those of W, kept as a constant, and products with R
+rows (`dora_embedding.norms`).
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from flax import nnx
 from jaxtune.models.base import SAME
 from jaxtune.nn.linear import Linear
 from jaxtune.nn.params import AdapterConstant
-from jaxtune.peft import base, lora, patterns, tokens
+from jaxtune.peft import base, dora_embedding, lora, patterns, tokens
 from jaxtune.peft.base import Tensor
 from jaxtune.peft.beside import Biases, Saved
 from jaxtune.peft.targets import Targets
@@ -35,7 +35,8 @@ class Config(lora.Config):
 
 
 READS = (Config, Targets, Saved, Biases, tokens.Config)
-FROM_KERNEL = ("magnitude", "norm")
+ON_EMBEDDING = dora_embedding
+FROM_KERNEL = dora_embedding.FROM_KERNEL
 configure = patterns.configure
 
 
@@ -66,22 +67,18 @@ class DoRA(base.Dropping):
     def _norm(self, a: jax.Array, b: jax.Array, linear: Linear, weight: Any) -> jax.Array:
         """Norms of the columns of W + a b, float32 [D_out]."""
         a, b = jax.lax.stop_gradient((a, b))
-        cross = 2 * linear.product(a.T, weight) + (a.T @ a) @ b
-        return jnp.sqrt(self.norm.get_value() ** 2 + (b * cross).sum(axis=0))
+        projected = linear.product(a.T, weight)
+        return dora_embedding.norms(self.norm.get_value(), a, b, projected)
 
 
 def attach(model: nnx.Module, adapters: base.Adapters) -> None:
-    """Puts a DoRA into the slots of the chosen layers."""
+    """Puts a DoRA into the slots of the chosen layers and of the embedding."""
     base.fill_slots(model, adapters, DoRA)
+    dora_embedding.attach(model, adapters)
 
 
 initial = lora.initial
-
-
-def from_kernel(kernel: jax.Array) -> dict[str, jax.Array]:
-    """First values that are the base's: the norms of a kernel's columns, float32 [D_out]."""
-    norm = jnp.sqrt(jnp.square(kernel.astype(jnp.float32)).sum(axis=0))
-    return {"magnitude": norm, "norm": norm}
+from_kernel = dora_embedding.from_kernel
 
 
 def tensors(config: Any, d_in: int, d_out: int) -> dict[str, Tensor]:

@@ -39,6 +39,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
     "pissa": {"method": "lora", "rank": 4, "init": "pissa"},
     "lora, embedding": {"method": "lora", "rank": 4, "target_modules": ("embed", "down_proj")},
+    "dora, embedding": {"method": "dora", "rank": 4, "target_modules": ("embed", "down_proj")},
 }
 ADAPTERS = list(OPTIONS)
 ONE = {"data": 1, "fsdp": 1, "tensor": 1}
@@ -211,19 +212,19 @@ def test_quantized_bases_train_in_all_layouts(base: Checkpoint, method: str, for
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("method", "options", "message"),
     [
-        ({"trainable_tokens": (97,)}, "97 comes twice, or is not among the model's ids 0 to 96"),
-        ({"trainable_tokens": (5, 5)}, "5 comes twice"),
-        ({"target_modules": ("embed",)}, "peft.method=dora has no form for the embedding"),
-        ({"trainable_tokens": (5,), "modules_to_save": ("lm_head",)}, "lm_head is adapted"),
-        ({"rank_pattern": ("c_attn=8",)}, "rank_pattern: c_attn matches no adapted layer"),
-        ({"rank_pattern": ("q_proj",)}, "'q_proj' is not of the form pattern=8"),
-        ({"alpha_pattern": ("q_proj=x",)}, "'q_proj=x' is not of the form pattern=8.0"),
+        ("dora", {"trainable_tokens": (97,)}, "97 comes twice, or is not among the model's ids 0 to 96"),
+        ("dora", {"trainable_tokens": (5, 5)}, "5 comes twice"),
+        ("loha", {"target_modules": ("embed",)}, "peft.method=loha has no form for the embedding"),
+        ("dora", {"trainable_tokens": (5,), "modules_to_save": ("lm_head",)}, "lm_head is adapted"),
+        ("dora", {"rank_pattern": ("c_attn=8",)}, "rank_pattern: c_attn matches no adapted layer"),
+        ("dora", {"rank_pattern": ("q_proj",)}, "'q_proj' is not of the form pattern=8"),
+        ("dora", {"alpha_pattern": ("q_proj=x",)}, "'q_proj=x' is not of the form pattern=8.0"),
     ],
 )
 def test_targets_and_patterns_that_do_not_fit_are_refused(
-    base: Checkpoint, options: dict, message: str
+    base: Checkpoint, method: str, options: dict, message: str
 ):
     with pytest.raises(ConfigError, match=message):
-        described(base, "dora", **options)
+        described(base, method, **options)

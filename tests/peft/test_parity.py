@@ -58,8 +58,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 TOKENS = [5, 90, 3]
 TIED = {"tie_word_embeddings": True}
 # On the embedding and the head: our method, PEFT's class and options, the base.
+ON_EMBEDDING = {"r": 3, "target_modules": [*SOME, "embed_tokens"]}
 OUTSIDE: list[tuple[str, str, dict[str, Any], dict[str, Any]]] = [
-    ("lora", "LoraConfig", {"r": 3, "target_modules": [*SOME, "embed_tokens"]}, TIED),
+    ("lora", "LoraConfig", ON_EMBEDDING, TIED),
+    ("dora", "LoraConfig", ON_EMBEDDING | {"use_dora": True, "lora_alpha": 5}, {}),
     (
         "lora",
         "LoraConfig",
@@ -77,12 +79,10 @@ OUTSIDE: list[tuple[str, str, dict[str, Any], dict[str, Any]]] = [
         TIED,
     ),
     ("dora", "LoraConfig", {"r": 3, "use_dora": True, "trainable_token_indices": TOKENS}, TIED),
-    (
-        "lora",
-        "LoraConfig",
-        {"r": 3, "target_modules": [*SOME, "embed_tokens"], "rank_pattern": {"embed_tokens": 2}},
-        {},
-    ),
+    ("lora", "LoraConfig", ON_EMBEDDING | {"rank_pattern": {"embed_tokens": 2}}, {}),
+    ("dora", "LoraConfig", ON_EMBEDDING | {"use_dora": True, "use_rslora": True}, TIED),
+    # The embeddings are scaled, and tied.
+    ("dora", "LoraConfig", ON_EMBEDDING | {"use_dora": True}, gemma.TINY),
 ]
 MORE: list[tuple[str, str, dict[str, Any]]] = [
     ("lora", "LoraConfig", {"r": 3, "target_modules": "all-linear", "layers_to_transform": [1]}),
@@ -162,7 +162,7 @@ def check(
     save_model(tmp_path / "merged", *arguments, adapters=adapter.adapters)
     opened = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
     assert oracle.difference(oracle.hf_logits(opened, tokens), expected) <= 1e-5
-    if "embed" in adapter.adapters.choice and sizes == TIED:
+    if "embed" in adapter.adapters.choice and hf.config.tie_word_embeddings:
         return  # what PEFT merges has other logits than its adapter
     merged = model.merge_and_unload().state_dict()
     ours = open_checkpoint(str(tmp_path / "merged"))
@@ -178,7 +178,7 @@ def test_peft_computes_the_same(method: str, tmp_path: Path):
 
 @pytest.mark.parametrize(
     ("method", "name", "options", "sizes"),
-    [*OUTSIDE[:3], *(pytest.param(*case, marks=pytest.mark.slow) for case in OUTSIDE[3:])],
+    [*OUTSIDE[:4], *(pytest.param(*case, marks=pytest.mark.slow) for case in OUTSIDE[4:])],
 )
 def test_peft_computes_the_same_outside_of_the_layers(
     method: str, name: str, options: dict, sizes: dict, tmp_path: Path

@@ -28,6 +28,15 @@ IDS = [5, 90, 3]
             TIED,
             {"embed.adapter.rows": "embed_tokens.token_adapter.trainable_tokens_delta.default"},
         ),
+        (
+            {"target_modules": ["q_proj", "embed_tokens"], "use_dora": True},
+            TIED,
+            {
+                "embed.adapter.a": "embed_tokens.lora_embedding_A.default",
+                "embed.adapter.b": "embed_tokens.lora_embedding_B.default",
+                "embed.adapter.magnitude": "embed_tokens.lora_magnitude_vector.default.weight",
+            },
+        ),
         pytest.param(
             {"target_modules": ["q_proj", "embed_tokens"]},
             {},
@@ -76,6 +85,6 @@ def test_gradients_are_those_of_peft(
     theirs = dict(model.named_parameters())
     for ours, name in names.items():
         expected = theirs[f"base_model.model.model.{name}"].grad.numpy()
-        expected = expected if ours.endswith("rows") else expected.T
+        expected = expected.T if ours.endswith((".a", ".b")) else expected
         assert np.abs(expected).max() > 0
         assert oracle.difference(grads[ours], expected) <= tolerances.GRADIENTS, ours
