@@ -64,14 +64,14 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         fail(f"--density goes with ties, dare and dare_ties, and --how={arguments.how}")
     if needs_density and not 0 < arguments.density <= 1:
         fail(f"--density={arguments.density} must be above 0 and at most 1")
+    if arguments.seed is not None and not arguments.how.startswith("dare"):
+        fail(f"--seed={arguments.seed} goes with dare and dare_ties, and --how={arguments.how}")
     if arguments.rank is not None and (arguments.how != "svd" or arguments.rank < 1):
         fail(f"--rank={arguments.rank} goes with --how=svd and is at least 1")
     if arguments.unmerge is not None and (len(folders) > 1 or arguments.how != "cat"):
         fail("--unmerge takes one adapter out, and reads --base and --out only")
-    if arguments.unmerge is not None and (
-        arguments.weights is not None or arguments.seed is not None
-    ):
-        fail("--unmerge reads neither --weights nor --seed: it takes out all that was merged")
+    if arguments.unmerge is not None and arguments.weights is not None:
+        fail("--unmerge does not read --weights: it takes out all that was merged")
     if arguments.unmerge is None and arguments.base is not None:
         fail("--base goes with --unmerge")
     arguments.adapters, arguments.weights = folders, weights

@@ -31,8 +31,10 @@ from jaxtune.checkpoint.adapter_config import (
 )
 from jaxtune.checkpoint.adapter_file import header, read_tensors, require_same
 from jaxtune.checkpoint.adapter_prompt import read_prompt
+from jaxtune.checkpoint.adapter_start import on_whole_base
 from jaxtune.checkpoint.folder import replace_folder
 from jaxtune.checkpoint.fused import (
+    Arrays,
     Whole,
     joined,
     leaves,
@@ -50,6 +52,7 @@ from jaxtune.errors import ConfigError
 from jaxtune.models.base import Weight
 from jaxtune.peft import METHODS, Adapters, is_prompt, tokens
 from jaxtune.peft.base import EMBEDDING, Tensor, common, padded, shapes
+from jaxtune.peft.split import AGAIN
 
 _PREFIX = "base_model.model."
 _FLOAT32 = np.dtype(np.float32)
@@ -220,7 +223,8 @@ def load_adapter(
     Raises:
         WeightError: not an adapter that jaxtune knows, a setting that it does not have, targets
             that the base lacks, tensors that are missing, extra, mis-shaped or not finite (all
-            listed), or an embedding that is not the base's.
+            listed), an embedding that is not the base's, or a quantized base of an adapter that
+            started as a part of it.
     """
     method, fields = read_config(folder)
     if is_prompt(method):
@@ -238,10 +242,13 @@ def load_adapter(
     others = {*copies, *_tied_rows(adapters, weights)}
     arrays = read_tensors(folder, sizes, _fixed(adapters), others)
     require_same(folder, copies, base)
-    values: dict[str, dict[str, np.ndarray]] = {}
+    read: dict[str, dict[str, np.ndarray]] = {}
     for key, entry in stored.items():
         array = entry.tensor.change.to_ours(arrays[key])
-        values.setdefault(entry.whole.name, {})[entry.leaf] = array
+        read.setdefault(entry.whole.name, {})[entry.leaf] = array
+    values: Mapping[str, Arrays] = read
+    if (start := fields.get("init_lora_weights")) in AGAIN:
+        adapters, adapted, values = on_whole_base(start, adapters, adapted, values, weights, base)
     adapters, params = _separated(adapters, adapted, values, base_params)
     arrays |= {key: base.read(key.removeprefix(_PREFIX)) for key in partial}
     for key, (path, index, _, row, *_) in beside.items():

@@ -18,6 +18,7 @@ from jaxtune.models.base import Weight
 from jaxtune.models.heads import TASKS, TRAINED
 from jaxtune.peft import METHODS, Adapters, layer_names, tokens, weight_name
 from jaxtune.peft.base import EMBEDDING, Choice
+from jaxtune.peft.split import LOST
 from jaxtune.peft.targets import is_target
 
 CONFIG_FILE = "adapter_config.json"
@@ -189,7 +190,14 @@ def read_config(folder: Path) -> tuple[str, dict[str, Any]]:
     if name is None:
         known = ", ".join(sorted({form.peft_type for form in _FORMATS.values()}))
         raise WeightError(f"{path}: peft_type {peft_type!r} is not supported - supported: {known}")
-    method, form = METHODS[name], _FORMATS[name]
+    method, form, start = METHODS[name], _FORMATS[name], str(fields.get("init_lora_weights"))
+    for begins, why in LOST.items():
+        if start.startswith(begins):
+            raise WeightError(
+                f"{path}: init_lora_weights={start}: the adapter's base is not the model's weights "
+                f"but what its start left of them, and PEFT {why} when it loads it - save it with "
+                "path_initial_model_for_weight_conversion, or merged, where it was trained"
+            )
     try:
         understood = _COMMON | form.ignored | set(method.to_peft(method.from_peft(fields), {}))
     except ValueError as error:

@@ -15,6 +15,7 @@ from jaxtune.checkpoint.tensors import TensorInfo
 from jaxtune.errors import ConfigError, WeightError, listing
 from jaxtune.peft import lora
 from jaxtune.peft.combine import COMBINATIONS, Knobs, Pair
+from jaxtune.peft.split import AGAIN
 
 _A, _B = ".lora_A.weight", ".lora_B.weight"
 
@@ -78,6 +79,12 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Pair]]:
         raise WeightError(
             f"{folder} is no plain LoRA - only pairs of lora_A and lora_B can be combined; merge "
             "it into its base instead"
+        )
+    if fields.get("init_lora_weights") in AGAIN:
+        raise WeightError(
+            f"{folder} started as a part of its base, which is not here "
+            f"(init_lora_weights={fields['init_lora_weights']}) - save it with PEFT's "
+            "path_initial_model_for_weight_conversion, or merge it into its base instead"
         )
     modules = [name.removeprefix("base_model.model.") for name in sorted(names)]
     config = lora.from_peft(fields)

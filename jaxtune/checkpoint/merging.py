@@ -21,6 +21,7 @@ from flax import nnx
 from jaxtune import models, tree
 from jaxtune.checkpoint.adapted import changed, own, require_mergeable, with_adapter
 from jaxtune.checkpoint.adapter import Adapter, load_adapter
+from jaxtune.checkpoint.adapter_config import read_config
 from jaxtune.checkpoint.hf import Place, joined, places
 from jaxtune.checkpoint.tensors import Checkpoint
 from jaxtune.checkpoint.vocabulary import untied
@@ -31,6 +32,7 @@ from jaxtune.nn.params import Policy
 from jaxtune.nn.stack import stack_sizes
 from jaxtune.peft import Adapters
 from jaxtune.peft.base import EMBEDDING
+from jaxtune.peft.split import AGAIN
 
 # Methods that add to weights what does not depend on them, and that multiply.
 ADDITIVE = ("lora", "moslora", "mora", "loha", "lokr", "vera")
@@ -75,10 +77,16 @@ def unmerged(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
 
     Raises:
         ConfigError: the adapter's method replaces weights, or turns or scales them by what they
-            were; or the model is quantized.
+            were, or it started as a part of them; or the model is quantized.
         WeightError: the adapter does not fit the model.
     """
     _require_dense(checkpoint, "unmerge a dense export")
+    start = read_config(folder)[1].get("init_lora_weights")
+    if start in AGAIN:
+        raise ConfigError(
+            f"{folder} started as a part of weights that the merged model has no more "
+            f"(init_lora_weights={start}) - keep the base"
+        )
     adapter, weights, stacks, shapes = _opened(checkpoint, folder)
     _require_invertible(adapter.adapters, folder)
     names = {f"{path}.{x}" for path in adapter.adapters.choice for x in ("kernel", "table", "bias")}

@@ -25,7 +25,7 @@ from jaxtune.nn.params import AdapterParam
 from jaxtune.peft import base, embedding, patterns, tokens
 from jaxtune.peft.base import Format, Tensor
 from jaxtune.peft.beside import Biases, Saved
-from jaxtune.peft.split import Start
+from jaxtune.peft.split import AGAIN, Start
 from jaxtune.peft.targets import Targets
 
 
@@ -161,8 +161,10 @@ PEFT = Format(
         ("eva_config", "fan_in_fan_out", "layers_pattern", "loftq_config", "megatron_config")
         + ("megatron_core", "qalora_group_size")
     ),
-    # Ways to start an adapter that leave the base weights as they are.
-    accepted={"init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva")},
+    # Ways to start an adapter that leave the base weights as they are, or take the same again.
+    accepted={
+        "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva", "mica", *AGAIN)
+    },
 )
 
 

@@ -78,7 +78,7 @@ def merge(
     return array + config.scale * (adapter["a"] @ adapter["mixer"] @ adapter["b"])
 
 
-PEFT = dataclasses.replace(lora.PEFT, peft_type="MOSLORA")
+PEFT = dataclasses.replace(lora.PEFT, peft_type="MOSLORA", accepted={})
 to_peft = lora.to_peft
 
 

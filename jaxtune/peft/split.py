@@ -8,10 +8,14 @@ With PiSSA the model starts as the base, with LoftQ nearer to it than Q is.
 
 Meng et al. 2024, arXiv 2404.02948, and PEFT 0.21.2 (`LoraLayer.pissa_init`); Li et al. 2023, arXiv
 2310.08659, and PEFT's `loftq_init`, which leaves s out and so means alpha = rank.
+
+Folders that PEFT saved keep what A and B became, and not the base that they were trained on: PEFT
+makes it again when it loads them, of starts that say how (`AGAIN`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -57,11 +61,23 @@ def pissa(weight: jax.Array, config: Any, start: Start, rng: np.random.Generator
         rng: of a randomized SVD.
     """
     if start.pissa_iterations:
-        u, s, vt = randomized_svd(weight, config.rank, start.pissa_iterations, rng)
+        found = randomized_svd(weight, config.rank, start.pissa_iterations, rng)
+        pair = _pair(*found, config)
     else:
-        u, s, vt = jnp.linalg.svd(weight, full_matrices=False)
-    pair = _pair(u, s, vt, config)
+        pair = largest(weight, config)
     return Split(pair[0], pair[1], pair)
+
+
+def largest(weight: jax.Array, config: Any) -> tuple[jax.Array, jax.Array]:
+    """A and B whose scaled product is that of the largest R triplets of a kernel: PiSSA's."""
+    return _pair(*jnp.linalg.svd(weight, full_matrices=False), config)
+
+
+def first_columns(weight: jax.Array, config: Any) -> tuple[jax.Array, jax.Array]:
+    """A and B of OLoRA (Büyükakyüz 2024, arXiv 2406.01775): with W^T = Q T, T triangular, the first
+    R rows of T, transposed, and the first R columns of Q, transposed; the base loses s A B."""
+    q, t = jnp.linalg.qr(weight.T)
+    return t[: config.rank].T, q[:, : config.rank].T
 
 
 def loftq(
@@ -79,8 +95,7 @@ def loftq(
     for _ in range(start.loftq_iterations):
         taken = pair
         lost = weight - rounded(weight if taken is None else without(weight, taken, config.scale))
-        u, s, vt = jnp.linalg.svd(lost, full_matrices=False)
-        pair = _pair(u, s, vt, config)
+        pair = largest(lost, config)
     assert pair is not None
     return Split(pair[0], pair[1], taken)
 
@@ -113,3 +128,18 @@ def without(
     """What the base keeps of a kernel: W - s A B."""
     a, b = taken
     return weight - scale * (jnp.asarray(a) @ jnp.asarray(b))
+
+
+# PEFT's `init_lora_weights` -> of a kernel and knobs, the pair that its base has lost.
+AGAIN: Mapping[str, Callable[[jax.Array, Any], tuple[jax.Array, jax.Array]]] = MappingProxyType(
+    {"pissa": largest, "olora": first_columns}
+)
+# How `init_lora_weights` begins, of starts that PEFT does not make again -> what it does.
+LOST = MappingProxyType(
+    {
+        "pissa_niter": "draws another one at every load",
+        "corda": "wants the data of its start again",
+        "lora_ga": "takes the whole one",
+        "loftq": "quantizes again",
+    }
+)

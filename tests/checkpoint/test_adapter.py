@@ -158,7 +158,7 @@ def edit_weights(folder: Path, change: Callable[[dict], None]) -> None:
         ({"bias": "some"}, 'bias="some"'),
         ({"modules_to_save": ["lm_head"]}, "missing: base_model.model.lm_head.weight"),
         ({"lora_use_mixer": True}, "lora_use_mixer=true"),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights="),
+        ({"init_lora_weights": "pissa_niter_4"}, "PEFT draws another one at every load"),
         ({"trainable_token_indices": [3, 259]}, "token 259 trains, and the base has 259 tokens"),
         ({"trainable_token_indices": {"norm": [3]}}, "tokens train in norm, which is not this"),
         ({"r": 8}, "wrong shape"),

@@ -120,8 +120,9 @@ def test_dare_keeps_the_mean():
         (["--density=0.5"], "--density goes with"),
         (["--rank=4"], "goes with --how=svd"),
         (["--unmerge=model"], "takes one adapter out"),
-        (["--adapters=a", "--unmerge=model", "--weights=1"], "reads neither --weights nor --seed"),
-        (["--adapters=a", "--unmerge=model", "--seed=0"], "reads neither --weights nor --seed"),
+        (["--adapters=a", "--unmerge=model", "--weights=1"], "does not read --weights"),
+        (["--adapters=a", "--unmerge=model", "--seed=0"], "--seed=0 goes with dare"),
+        (["--how=ties", "--density=0.5", "--seed=3"], "--seed=3 goes with dare and dare_ties"),
         (["--base=model"], "--base goes with --unmerge"),
     ],
 )

@@ -214,7 +214,11 @@ def test_quantized_bases_train_in_all_layouts(base: Checkpoint, method: str, for
 @pytest.mark.parametrize(
     ("method", "options", "message"),
     [
-        ("dora", {"trainable_tokens": (97,)}, "97 comes twice, or is not among the model's ids 0 to 96"),
+        (
+            "dora",
+            {"trainable_tokens": (97,)},
+            "97 comes twice, or is not among the model's ids 0 to 96",
+        ),
         ("dora", {"trainable_tokens": (5, 5)}, "5 comes twice"),
         ("loha", {"target_modules": ("embed",)}, "peft.method=loha has no form for the embedding"),
         ("dora", {"trainable_tokens": (5,), "modules_to_save": ("lm_head",)}, "lm_head is adapted"),

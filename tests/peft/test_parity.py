@@ -14,7 +14,7 @@ from jaxtune.checkpoint.adapter import first_values, load_adapter, save_adapter
 from jaxtune.checkpoint.adapter_config import CONFIG_FILE
 from jaxtune.checkpoint.hf_save import save_model
 from jaxtune.checkpoint.source import open_checkpoint
-from jaxtune.models import gemma, qwen2
+from jaxtune.models import gemma, gpt2, phi3, qwen2
 from tests import oracle
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -93,6 +93,16 @@ MORE: list[tuple[str, str, dict[str, Any]]] = [
     ("ia3", "IA3Config", {"feedforward_modules": [], "target_modules": ["k_proj", "up_proj"]}),
     ("oft", "OFTConfig", {"oft_block_size": 16, "r": 0, "use_cayley_neumann": False}),
     ("dora", "LoraConfig", {"r": 3, "use_dora": True, "layers_to_transform": [1]}),
+]
+# Folders whose base PEFT makes again: it has lost what the adapter began as.
+STARTS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+    ("lora", {"init_lora_weights": "pissa", "rank_pattern": DEEP}, {}),
+    ("lora", {"init_lora_weights": "olora", "use_rslora": True}, {}),
+    ("dora", {"init_lora_weights": "pissa", "use_dora": True}, {}),
+    ("lora", {"init_lora_weights": "pissa", "target_modules": [*SOME, "embed_tokens"]}, {}),
+    ("lora", {"init_lora_weights": "pissa", "target_modules": ["qkv_proj", "o_proj"]}, phi3.TINY),
+    ("lora", {"init_lora_weights": "pissa", "target_modules": ["c_attn", "c_fc"]}, gpt2.TINY),
+    ("lora", {"init_lora_weights": "mica"}, {}),  # this one leaves the base whole
 ]
 
 
@@ -184,6 +194,14 @@ def test_peft_computes_the_same_outside_of_the_layers(
     method: str, name: str, options: dict, sizes: dict, tmp_path: Path
 ):
     check(method, name, options, "scan", tmp_path, **sizes)
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "sizes"),
+    [STARTS[0], *(pytest.param(*case, marks=pytest.mark.slow) for case in STARTS[1:])],
+)
+def test_peft_makes_the_same_base_again(method: str, options: dict, sizes: dict, tmp_path: Path):
+    check(method, "LoraConfig", {"r": 3, "lora_alpha": 5} | options, "scan", tmp_path, **sizes)
 
 
 # Heads that are not width / number of heads, with a head that is tied; and biases in some layers.
