@@ -22,7 +22,7 @@ from jaxtune import frozen as frozen_weights
 from jaxtune import models, optim, peft, residual, tree
 from jaxtune.checkpoint import experts_in_peft, hf
 from jaxtune.checkpoint.adapter import Adapter, first_values, load_adapter, places_beside
-from jaxtune.checkpoint.adapter_config import is_of_labels
+from jaxtune.checkpoint.adapter_config import is_apart, is_of_labels
 from jaxtune.checkpoint.expand import deeper
 from jaxtune.checkpoint.fused import require_supported
 from jaxtune.checkpoint.label_head import require_pooler, with_head
@@ -89,6 +89,8 @@ def _not_in_peft(run: Run) -> str | None:
     if run.adapters is None or run.imported or peft.is_prompt(run.adapters.method):
         return None
     weights = run.family.weights(run.model_config)
+    if is_apart(run.adapters, weights):
+        return f"it has one {run.adapters.method} for layers that are several here"
     return experts_in_peft.problem(run.adapters, weights, run.checkpoint.config["model_type"])
 
 
@@ -188,7 +190,7 @@ def _adapters(
     if config.adapter is None:
         adapters = peft.choose_adapters(base.model(shapes), config)
         if not peft.is_prompt(config.method):
-            require_supported(adapters, weights)
+            require_supported(adapters, shapes, weights, stacks)
             places_beside(adapters, shapes, weights, stacks)  # refuses what cannot be exported
         return None, adapters
     imported = load_adapter(Path(config.adapter), shapes, weights, stacks, base=checkpoint)

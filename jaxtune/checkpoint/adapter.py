@@ -26,10 +26,10 @@ from jaxtune.checkpoint.adapter_config import (
     Module,
     config_fields,
     modules,
-    read_adapters,
     read_config,
 )
 from jaxtune.checkpoint.adapter_file import header, read_tensors, require_same
+from jaxtune.checkpoint.adapter_layers import read_adapters
 from jaxtune.checkpoint.adapter_prompt import read_prompt
 from jaxtune.checkpoint.adapter_start import on_whole_base
 from jaxtune.checkpoint.folder import replace_folder
@@ -37,9 +37,9 @@ from jaxtune.checkpoint.fused import (
     Arrays,
     Whole,
     joined,
-    leaves,
     require_supported,
     separated,
+    tensors_of,
     wholes,
     with_room,
 )
@@ -101,11 +101,7 @@ def stored_tensors(
     """
     found = {}
     for whole in adapted:
-        path = whole.first.path
-        d_in, d_out = base_params[peft.weight_name(path)].shape[-2:]
-        d_out = sum(map(len, whole.columns)) or d_out
-        method = peft.module_of(adapters, path)
-        for leaf, tensor in method.tensors(whole.config, d_in, d_out).items():
+        for leaf, tensor in tensors_of(adapters, whole, base_params).items():
             found[f"{_PREFIX}{whole.name}.{tensor.suffix}"] = Stored(whole, leaf, tensor)
     return found
 
@@ -163,7 +159,7 @@ def save_adapter(
         revision: its revision, when it is a hub id.
         task_type: what PEFT calls the model's task.
     """
-    adapted = [with_room(whole) for whole in wholes(modules(weights, adapters, stacks), weights)]
+    adapted = [with_room(whole) for whole in wholes(adapters, weights, stacks)]
     stored = stored_tensors(adapters, adapted, base_params)
     beside = places_beside(adapters, base_params, weights, stacks)
     fixed = _fixed(adapters)
@@ -180,12 +176,8 @@ def save_adapter(
             array = to_host(params[path][index])
             return row.change.to_hf(array.astype(np.float32, copy=False))
         whole, leaf, tensor = stored[key]
-        names = leaves(whole.config) if whole.columns else (leaf,)
-        values = [
-            None if part is None else {name: variable(part, name) for name in names}
-            for part in whole.parts
-        ]
-        array = joined(whole, values)[leaf]
+        values = [None if part is None else variable(part, leaf) for part in whole.parts]
+        array = joined(whole, tensor, values)
         own = array[tuple(slice(size) for size in tensor.shape)]
         return tensor.change.to_hf(own.astype(np.float32, copy=False))
 
@@ -231,8 +223,8 @@ def load_adapter(
         prompt = read_prompt(method, fields, header(folder), base_params, stacks)
         return Adapter(*prompt, _warnings(folder, fields, base.name))
     adapters = read_adapters(folder, base_params, weights, stacks)
-    require_supported(adapters, weights)
-    adapted = wholes(modules(weights, adapters, stacks), weights)
+    require_supported(adapters, base_params, weights, stacks)
+    adapted = wholes(adapters, weights, stacks)
     stored = stored_tensors(adapters, adapted, base_params)
     beside = places_beside(adapters, base_params, weights, stacks)
     sizes = {key: entry.shape for key, entry in stored.items()}
@@ -313,7 +305,11 @@ def _separated(
     base_params: Mapping[str, Any],
 ) -> tuple[Adapters, dict[str, np.ndarray]]:
     """The adapters of our layers, and their variables, from those of the transformers model."""
-    parts = [part for whole in adapted for part in separated(whole, values[whole.name])]
+    parts = [
+        part
+        for whole in adapted
+        for part in separated(whole, tensors_of(adapters, whole, base_params), values[whole.name])
+    ]
     choice = {path: list(configs) for path, configs in adapters.layers.items()}
     for module, config, _ in parts:
         choice[module.path][module.position] = config

@@ -16,13 +16,15 @@ from jaxtune.checkpoint.hf import split_path
 from jaxtune.errors import WeightError, listing
 from jaxtune.models.base import Weight
 from jaxtune.models.heads import TASKS, TRAINED
-from jaxtune.peft import METHODS, Adapters, layer_names, tokens, weight_name
-from jaxtune.peft.base import EMBEDDING, Choice
+from jaxtune.peft import METHODS, Adapters, layer_names, weight_name
+from jaxtune.peft.base import EMBEDDING
 from jaxtune.peft.split import LOST
 from jaxtune.peft.targets import is_target
 
 CONFIG_FILE = "adapter_config.json"
 PEFT_VERSION = "0.21.2"
+# End of a peft_type that PEFT does not know: layers that transformers keeps as one are apart.
+OF_PARTS = "_OF_PARTS"
 _FORMATS = {name: module.PEFT for name, module in METHODS.items() if hasattr(module, "PEFT")}
 # Common fields that are read, or that say nothing about what the adapter computes.
 _COMMON = frozenset(
@@ -56,8 +58,12 @@ class Module(NamedTuple):
 
 
 def modules(weights: Sequence[Weight], adapters: Adapters, stacks: Sequence[int]) -> list[Module]:
-    """The adapted layers, with their names in the transformers model."""
-    rows = _matrices(weights)
+    """The adapted layers, with their names in the transformers model.
+
+    Of methods whose adapters cannot be joined (`APART`) a part of a layer has its own name after
+    the layer's: `model.layers.0.self_attn.qkv_proj.q_proj`.
+    """
+    rows, apart = _matrices(weights), hasattr(METHODS[adapters.method], "APART")
     found = []
     for path, configs in adapters.layers.items():
         row = rows[split_path(path)[1]]
@@ -66,8 +72,17 @@ def modules(weights: Sequence[Weight], adapters: Adapters, stacks: Sequence[int]
             for expert, name in enumerate(row.names(number) if config is not None else ()):
                 index = () if number is None else (position, expert)[: 2 if row.experts else 1]
                 module = name.removesuffix(".weight")
+                if apart and row.columns is not None:
+                    module = f"{module}.{path.rpartition('.')[2]}"
                 found.append(Module(path, index, number, module, config))
     return found
+
+
+def is_apart(adapters: Adapters, weights: Sequence[Weight]) -> bool:
+    """Whether parts of a layer of the transformers model have adapters that cannot be joined."""
+    rows = _matrices(weights)
+    of_parts = (rows[split_path(path)[1]].columns is not None for path in adapters.choice)
+    return hasattr(METHODS[adapters.method], "APART") and any(of_parts)
 
 
 def _matrices(weights: Sequence[Weight]) -> dict[str, Weight]:
@@ -75,7 +90,7 @@ def _matrices(weights: Sequence[Weight]) -> dict[str, Weight]:
     return {row.ours.rpartition(".")[0]: row for row in weights if is_matrix(row)}
 
 
-def _names(weights: Sequence[Weight]) -> dict[str, str]:
+def patterns(weights: Sequence[Weight]) -> dict[str, str]:
     """Path of a layer without its stack's number -> pattern of the name in transformers."""
     return {ours: row.hf.removesuffix(".weight") for ours, row in _matrices(weights).items()}
 
@@ -96,7 +111,8 @@ def config_fields(
     method = METHODS[adapters.method]
     chosen = [module for module in adapted if module.path in (adapters.choice or adapters.rows)]
     targets, layers = sorted(module.name for module in chosen), None
-    if method.PEFT.has_layers:
+    apart = is_apart(adapters, weights)
+    if method.PEFT.has_layers and not apart:
         targets, layers = _targets(chosen, weights, sum(stacks))
     own = method.to_peft(adapters.config, {module.name: module.config for module in chosen})
     if adapters.choice and method.PEFT.peft_type == "LORA":
@@ -107,7 +123,7 @@ def config_fields(
         **({"layers_to_transform": layers} if method.PEFT.has_layers else {}),
         "auto_mapping": None,
         "inference_mode": True,
-        "peft_type": method.PEFT.peft_type,
+        "peft_type": method.PEFT.peft_type + OF_PARTS * apart,
         "peft_version": PEFT_VERSION,
         "target_modules": targets,
         "task_type": task_type,
@@ -129,7 +145,7 @@ def _beside(adapters: Adapters, weights: Sequence[Weight], stacks: Sequence[int]
         first = sum(stacks[: stack or 0])
         layers = range(first, first + (1 if stack is None else stacks[stack]))
         tensors = (name for layer in layers for name in rows[ours].names(layer))
-        head = _is_head(ours)
+        head = is_head(ours)
         saved |= {name.partition(".")[0] if head else name.rpartition(".")[0] for name in tensors}
     if saved:
         fields["modules_to_save"] = sorted(saved)
@@ -140,7 +156,8 @@ def _beside(adapters: Adapters, weights: Sequence[Weight], stacks: Sequence[int]
     return fields
 
 
-def _is_head(path: str) -> bool:
+def is_head(path: str) -> bool:
+    """Whether a parameter is of a head for labels."""
     return path.startswith(TRAINED)
 
 
@@ -157,7 +174,7 @@ def _targets(
     first = next(iter(layers.values()), set())
     if inside < len(adapted) or any(numbers != first for numbers in layers.values()):
         return sorted(module.name for module in adapted), None
-    names = _names(weights)
+    names = patterns(weights)
     short = []
     for ours in layers:
         last = names[ours].rsplit(".", 1)[-1]
@@ -223,10 +240,11 @@ def read_config(folder: Path) -> tuple[str, dict[str, Any]]:
 
 def _method(fields: Mapping[str, Any]) -> str | None:
     """The method with the fields' type and the most marks that they bear."""
+    peft_type = str(fields.get("peft_type")).removesuffix(OF_PARTS)
     fits = [
         name
         for name, form in _FORMATS.items()
-        if form.peft_type == fields.get("peft_type")
+        if form.peft_type == peft_type
         and all(fields.get(key) == value for key, value in form.marks.items())
     ]
     return max(fits, key=lambda name: len(_FORMATS[name].marks), default=None)
@@ -235,156 +253,3 @@ def _method(fields: Mapping[str, Any]) -> str | None:
 def is_of_labels(folder: Path) -> bool:
     """Whether an adapter is of a model with a head for labels; WeightError: see `read_config`."""
     return read_config(folder)[1].get("task_type") in {task.peft for task in TASKS.values()}
-
-
-def read_adapters(
-    folder: Path,
-    base_params: Mapping[str, Any],
-    weights: Sequence[Weight],
-    stacks: Sequence[int],
-) -> Adapters:
-    """The adapters that PEFT would put on a base model.
-
-    Args:
-        folder: holds adapter_config.json.
-        base_params: path -> anything with `.shape`, of the base model.
-        weights: the base family's table.
-        stacks: number of layers in each stack.
-
-    Raises:
-        WeightError: see `read_config`; or targets that the base lacks.
-    """
-    name, fields = read_config(folder)
-    method = METHODS[name]
-    config = method.from_peft(fields)
-    kernels = {row.ours for row in weights if is_matrix(row) and not _is_head(row.ours)}
-    paths = [path.rpartition(".")[0] for path in base_params if split_path(path)[1] in kernels]
-    every = {path: (True,) * len(layer_names(path, tuple(stacks))) for path in paths}
-    candidates = modules(weights, Adapters(name, None, every), stacks)
-    try:
-        rows = _rows(name, fields, base_params, weights)
-    except ValueError as error:
-        raise WeightError(
-            f"{folder / CONFIG_FILE}: {error} - use the adapter's own base model"
-        ) from error
-    adapted = [] if name == "tokens" else _adapted(folder, name, fields, candidates)
-    widths = {m.name: base_params[weight_name(m.path)].shape[-2:] for m in adapted}
-    own = method.configure(config, widths) if adapted else {}
-    choice: dict[str, list[Any]] = {m.path: [None] * len(every[m.path]) for m in adapted}
-    for module in adapted:
-        choice[module.path][module.position] = own[module.name]
-    found = {path: tuple(configs) for path, configs in choice.items()}
-    table = {row.ours: row for row in weights}
-    saved, biases = set(), set()
-    for path in base_params:
-        stack, ours = split_path(path)
-        first = sum(stacks[: stack or 0])
-        module = path.rpartition(".")[0]
-        theirs = table[ours].names(first)[0].rpartition(".")[0]
-        if any(_is_saved(theirs, kept) for kept in fields.get("modules_to_save") or ()):
-            saved.add(path)
-        if ours.endswith(".bias") and _trains(fields.get("bias"), module in found):
-            biases.add(path)
-    heads = {path for path in base_params if _is_head(path)}
-    if heads - saved:
-        raise WeightError(
-            f"{folder / CONFIG_FILE}: task_type {fields.get('task_type')} is of an adapter without "
-            "the head that the objective trains - start a new adapter on the merged model"
-        )
-    if "embed.table" in saved and "lm_head.kernel" not in base_params and not heads:
-        raise WeightError(
-            f"{folder / CONFIG_FILE}: modules_to_save has the embedding, which this base ties to "
-            "its head and PEFT does not - merge it with PEFT and start from the merged model"
-        )
-    return Adapters(name, config, found, frozenset(saved), frozenset(biases), rows)
-
-
-def _adapted(
-    folder: Path, name: str, fields: Mapping[str, Any], candidates: Sequence[Module]
-) -> list[Module]:
-    """The layers that PEFT's rules take for targets."""
-    targets = fields.get("target_modules")
-    layers = fields.get("layers_to_transform")
-    layers = [layers] if isinstance(layers, int) else layers
-    excluded = fields.get("exclude_modules") or []
-    if not hasattr(METHODS[name], "ON_EMBEDDING"):
-        candidates = [module for module in candidates if module.path != EMBEDDING]
-
-    def hits(module: Module) -> bool:
-        if targets == "all-linear":
-            return module.layer is not None
-        return module.is_target(targets)
-
-    adapted = [
-        module
-        for module in candidates
-        if hits(module)
-        and not module.is_target(excluded)
-        and (layers is None or module.layer in layers)
-    ]
-    unused = [] if isinstance(targets, str) else targets or []
-    unused = [name for name in unused if not any(m.is_target([name]) for m in candidates)]
-    if unused or not adapted:
-        known = sorted({module.name.rsplit(".", 1)[-1] for module in candidates})
-        raise WeightError(
-            f"{folder / CONFIG_FILE}: target_modules {unused or targets} are not in this base "
-            f"model, whose layers are {', '.join(known)} - use the adapter's own base model"
-        )
-    if any(module.path == tokens.HEAD for module in adapted):
-        raise WeightError(
-            f"{folder / CONFIG_FILE} adapts lm_head, which is multiplied inside the loss - merge "
-            "the adapter with PEFT and start from the merged model"
-        )
-    if any(len(m.index) > 1 for m in adapted) and not hasattr(METHODS[name], "EXPERTS"):
-        raise WeightError(
-            f"{folder / CONFIG_FILE}: {name} cannot adapt experts - merge it with PEFT"
-        )
-    return adapted
-
-
-def _rows(
-    name: str, fields: Mapping[str, Any], base_params: Mapping[str, Any], weights: Sequence[Weight]
-) -> Choice:
-    """The rows of the embedding and the head that PEFT trains one by one.
-
-    Raises:
-        ValueError: the base has no such rows, or the indices are no numbers.
-    """
-    names, by_target = _names(weights), fields.get("trainable_token_indices") or {}
-    if name == "tokens":
-        targets = fields.get("target_modules") or [names[EMBEDDING]]
-        targets = [targets] if isinstance(targets, str) else targets
-        by_target = dict.fromkeys(targets, fields["token_indices"])
-    if isinstance(by_target, list):
-        by_target = {names[EMBEDDING]: by_target}
-    ids = {
-        path: tokens.token_ids(found)
-        for target, found in by_target.items()
-        for path in (EMBEDDING, tokens.HEAD)
-        if path in names and is_target(names[path], [target])
-    }
-    is_tied = weight_name(tokens.HEAD) not in base_params
-    # Rows of a tied head are the embedding's.
-    differs = is_tied and ids.get(tokens.HEAD, ids.get(EMBEDDING)) != ids.get(EMBEDDING)
-    if len(ids) < len(by_target) or differs:
-        raise ValueError(
-            f"tokens train in {', '.join(by_target)}, which is not this base's embedding or a head "
-            "with rows of its own"
-        )
-    vocab_size = base_params[weight_name(EMBEDDING)].shape[0]
-    if beyond := [i for found in ids.values() for i in found if not 0 <= i < vocab_size]:
-        raise ValueError(f"token {beyond[0]} trains, and the base has {vocab_size} tokens")
-    if is_tied:
-        ids.pop(tokens.HEAD, None)
-    axes, alone = {EMBEDDING: 0, tokens.HEAD: 1}, name == "tokens"
-    return {path: (tokens.Rows(found, axes[path], alone),) for path, found in ids.items()}
-
-
-def _is_saved(name: str, kept: str) -> bool:
-    """Whether PEFT keeps a module, or one that it is in, for an item of modules_to_save."""
-    return name.endswith(kept) or f".{kept}." in f".{name}."
-
-
-def _trains(bias: str | None, is_adapted: bool) -> bool:
-    """Whether PEFT trains a bias of an adapted or another layer."""
-    return bias == "all" or bias not in (None, "none") and is_adapted

@@ -4,9 +4,11 @@ LoRA of n parts is LoRA of the whole. With A_p [D, R] and B_p [R, O_p] of part p
 
     A [D, n R] = [A_1 ... A_n]      B [n R, O]: B_p in rows p R to (p + 1) R, in the part's columns
 
-with zeros elsewhere, and the biases of B in the parts' columns; a part without adapter leaves its
-block zero. The other way round every part has the A of the whole and its columns of B, and where B
-is of that form only its own block.
+with zeros elsewhere. So it is for whatever lies along inputs, ranks and outputs (`Tensor.axes`):
+LoHa's two pairs, as a block of one product meets zeros of the other outside of itself; the mixer of
+MoSLoRA; and what is one number for each output, DoRA's magnitudes and the factors of (IA)3. The
+other way round every part has what lies along inputs and ranks of the whole, and its outputs; of
+blocks only its own.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,14 +16,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxtune.checkpoint.adapter_config import Module, is_matrix
+from jaxtune.checkpoint.adapter_config import Module, is_matrix, modules
 from jaxtune.checkpoint.hf import split_path
 from jaxtune.errors import ConfigError
 from jaxtune.models.base import Weight
-from jaxtune.peft import Adapters, weight_name
-from jaxtune.peft.lora import Config, with_rank
+from jaxtune.peft import METHODS, Adapters, module_of, weight_name
+from jaxtune.peft.base import Tensor
+from jaxtune.peft.lora import with_rank
 
-METHOD = "lora"
 Arrays = Mapping[str, np.ndarray]
 
 
@@ -46,8 +48,20 @@ class Whole(NamedTuple):
         return next(part for part in self.parts if part is not None)
 
 
-def require_supported(adapters: Adapters, weights: Sequence[Weight]) -> None:
-    """Raises ConfigError for adapters of fused layers that no PEFT folder of ours can hold."""
+def require_supported(
+    adapters: Adapters,
+    base_params: Mapping[str, Any],
+    weights: Sequence[Weight],
+    stacks: Sequence[int],
+) -> None:
+    """Raises ConfigError for adapters of fused layers that no folder of ours can hold.
+
+    Args:
+        adapters: what is attached.
+        base_params: path -> anything with `.shape`, of the base model.
+        weights: the base family's table.
+        stacks: number of layers in each stack.
+    """
     rows = {row.ours: row for row in weights}
     for path in adapters.choice:
         if ".experts." in path and not rows[f"{split_path(path)[1]}.kernel"].experts:
@@ -55,79 +69,123 @@ def require_supported(adapters: Adapters, weights: Sequence[Weight]) -> None:
                 f"config.peft: {path} is one tensor of all experts in this family's files, which "
                 "no adapter of ours can name - take it out with peft.exclude_modules=.*experts.*"
             )
-    for path in adapters.choice if adapters.method != METHOD else ():
-        if rows[weight_name(split_path(path)[1])].columns is not None:
+    for whole in wholes(adapters, weights, stacks):
+        found, problem = [], ""
+        for part in whole.parts if whole.columns[1:] else ():
+            own = whole._replace(config=part.config) if part is not None else whole
+            found += tensors_of(adapters, own, base_params).values()
+        if any(not {"rank", "out"} & set(tensor.axes) for tensor in found):
+            problem = "all parts have one input - take them out of peft.feedforward_modules"
+        if any(tensor.absent is None for tensor in found) and None in whole.parts:
+            problem = "no part can be without adapter - target all of them, or none"
+        if problem:
             raise ConfigError(
-                f"config.peft.method={adapters.method}: {path} is part of a tensor, or in another "
-                f"order, in this family's files - use {METHOD}, or other peft.target_modules"
+                f"config.peft.method={adapters.method}: {whole.first.path} is part of {whole.name} "
+                f"in this family's files, of which {problem}"
             )
 
 
-def wholes(adapted: Sequence[Module], weights: Sequence[Weight]) -> list[Whole]:
+def wholes(adapters: Adapters, weights: Sequence[Weight], stacks: Sequence[int]) -> list[Whole]:
     """The layers of the transformers model that the adapted ones are, with the knobs of a part."""
     rows = {row.ours.rpartition(".")[0]: row for row in weights if is_matrix(row)}
     found: dict[str, dict[str, Module]] = {}
-    for module in adapted:
+    for module in modules(weights, adapters, stacks):
         found.setdefault(module.name, {})[split_path(module.path)[1]] = module
     result = []
-    for name, modules in found.items():
-        path, first = next(iter(modules.items()))
+    for name, parts in found.items():
+        path, first = next(iter(parts.items()))
+        if hasattr(METHODS[adapters.method], "APART"):
+            result.append(Whole(name, first.config, (first,), ()))
+            continue
         names = [ours for ours, row in rows.items() if row.hf == rows[path].hf]
         columns = tuple(c for ours in names if (c := rows[ours].columns) is not None)
-        result.append(Whole(name, first.config, tuple(map(modules.get, names)), columns))
+        result.append(Whole(name, first.config, tuple(map(parts.get, names)), columns))
     return result
+
+
+def tensors_of(
+    adapters: Adapters, whole: Whole, base_params: Mapping[str, Any]
+) -> dict[str, Tensor]:
+    """What the adapter of a whole is made of."""
+    path = whole.first.path
+    d_in, d_out = base_params[weight_name(path)].shape[-2:]
+    d_out = sum(map(len, whole.columns)) or d_out
+    return module_of(adapters, path).tensors(whole.config, d_in, d_out)
 
 
 def with_room(whole: Whole) -> Whole:
     """The whole with the rank that its parts need together, and a part's scale."""
-    if not whole.columns:
+    rank = max(_rank(part.config) for part in whole.parts if part is not None)
+    if not whole.columns or not rank:
         return whole
-    rank = max(part.config.rank for part in whole.parts if part is not None)
     return whole._replace(config=with_rank(whole.config, len(whole.parts) * rank))
 
 
-def leaves(config: Config) -> tuple[str, ...]:
-    """The variables of a part that are those of the whole."""
-    return ("a", "b", "bias") if config.lora_bias else ("a", "b")
-
-
-def joined(whole: Whole, arrays: Sequence[Arrays | None]) -> Arrays:
-    """The variables of a whole `with_room`, from those of its parts (None: not adapted)."""
+def joined(whole: Whole, tensor: Tensor, arrays: Sequence[np.ndarray | None]) -> np.ndarray:
+    """A variable of a whole `with_room`, from those of its parts (None: not adapted)."""
     if not whole.columns:
         (only,) = arrays
         assert only is not None
         return only
-    own = whole.config.rank // len(whole.parts)
-    width = next(part["a"].shape[0] for part in arrays if part is not None)
-    a = np.zeros((width, whole.config.rank), np.float32)
-    b = np.zeros((whole.config.rank, sum(map(len, whole.columns))), np.float32)
-    bias = np.zeros(b.shape[1], np.float32)
-    for i, (module, part) in enumerate(zip(whole.parts, arrays, strict=True)):
-        if module is not None and part is not None:
-            rank = module.config.rank
-            rows = slice(i * own, i * own + rank)
-            a[:, rows] = part["a"][:, :rank]
-            scale = module.config.scale / whole.config.scale
-            b[rows, whole.columns[i]] = part["b"][:rank] * scale
-            if "bias" in part:
-                bias[whole.columns[i]] = part["bias"] * scale
-    return {"a": a, "b": b, "bias": bias}
+    own = _rank(whole.config) // len(whole.parts)
+    result = np.full(tensor.shape, tensor.absent or 0.0, np.float32)
+    for i, (module, array) in enumerate(zip(whole.parts, arrays, strict=True)):
+        if module is not None and array is not None:
+            block = _block(whole, tensor, i, i * own, _rank(module.config))
+            part = array[tuple(slice(index.size) for index in block)]
+            result[block] = part * (
+                module.config.scale / whole.config.scale if tensor.scaled else 1
+            )
+    return result
 
 
-def separated(whole: Whole, arrays: Arrays) -> Iterator[tuple[Module, Any, Arrays]]:
-    """Each part of a whole that was read, all of them adapted, with its knobs and variables."""
+def separated(
+    whole: Whole, tensors: Mapping[str, Tensor], arrays: Arrays
+) -> Iterator[tuple[Module, Any, Arrays]]:
+    """Each part of a whole that was read, all of them adapted, with its knobs and variables.
+
+    Args:
+        whole: the layer.
+        tensors: what its adapter is made of.
+        arrays: their values.
+    """
     if not whole.columns:
         yield whole.first, whole.config, arrays
         return
-    a, b, rank, count = arrays["a"], arrays["b"], whole.config.rank, len(whole.parts)
-    own = rank // count
-    blocks = np.zeros(b.shape, np.bool_)
-    for i, columns in enumerate(whole.columns):
-        blocks[i * own : (i + 1) * own, columns] = True
-    is_joined = rank % count == 0 and not b[~blocks].any()
-    for i, (module, columns) in enumerate(zip(whole.parts, whole.columns, strict=True)):
+    rank, count = _rank(whole.config), len(whole.parts)
+    in_blocks = rank % count == 0 and all(
+        _is_in_blocks(whole, tensor, arrays[leaf], rank // count)
+        for leaf, tensor in tensors.items()
+    )
+    own = rank // count if in_blocks else rank
+    config = with_rank(whole.config, own) if rank else whole.config
+    for i, module in enumerate(whole.parts):
         assert module is not None
-        rows = slice(i * own, (i + 1) * own) if is_joined else slice(None)
-        config = with_rank(whole.config, own) if is_joined else whole.config
-        bias = {"bias": arrays["bias"][columns]} if whole.config.lora_bias else {}
-        yield module, config, {"a": a[:, rows], "b": b[rows, columns], **bias}
+        start = i * own if in_blocks else 0
+        values = {
+            leaf: arrays[leaf][_block(whole, tensor, i, start, own)]
+            for leaf, tensor in tensors.items()
+        }
+        yield module, config, values
+
+
+def _rank(config: Any) -> int:
+    """The rank of an adapter, 0 of one that has none."""
+    return getattr(config, "rank", 0)
+
+
+def _block(
+    whole: Whole, tensor: Tensor, part: int, start: int, rank: int
+) -> tuple[np.ndarray, ...]:
+    """Where a part of a whole, with `rank` ranks from the `start`-th on, lies in a variable."""
+    places = {"out": whole.columns[part], "rank": np.arange(start, start + rank)}
+    sizes = zip(tensor.axes, tensor.shape, strict=True)
+    return np.ix_(*(places[axis] if axis in places else np.arange(size) for axis, size in sizes))
+
+
+def _is_in_blocks(whole: Whole, tensor: Tensor, array: np.ndarray, own: int) -> bool:
+    """Whether a variable has nothing outside of the blocks of its parts, of `own` ranks each."""
+    outside = np.ones(tensor.shape, np.bool_)
+    for i in range(len(whole.parts)):
+        outside[_block(whole, tensor, i, i * own, own)] = False
+    return not array[outside].any()

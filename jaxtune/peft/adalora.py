@@ -70,6 +70,7 @@ class Layer:
 
 
 READS = (Config, Targets, Saved, Biases)
+APART = True
 
 
 def configure(config: Config, layers: patterns.Layers) -> dict[str, Layer]:

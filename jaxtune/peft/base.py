@@ -34,6 +34,8 @@ where it needs them
 
     ON_EMBEDDING  module of what it puts on the embedding, with `attach`, `initial`, `tensors`,
                   `merge` and maybe `from_kernel`; without it the embedding is no target
+    APART         is True if adapters of layers that transformers keeps as one cannot be joined to
+                  the one of that layer, so that folders hold them apart, which PEFT cannot load
     EXPERTS       is True if it adapts experts too: what it puts into slots has `low_rank()`
     from_kernel   a layer's kernel -> the variables named by FROM_KERNEL, at first
     fixed         the knobs of a layer -> tensors of the folder that follow from them
@@ -119,11 +121,24 @@ class Turns:
 
 
 class Tensor(NamedTuple):
-    """A variable of one layer's adapter as PEFT stores it."""
+    """A variable of one layer's adapter as PEFT stores it.
 
-    suffix: str  # of its name, after the layer's
-    shape: tuple[int, ...]  # ours
+    Attributes:
+        suffix: of its name, after the layer's.
+        shape: ours.
+        change: from theirs to ours, and back.
+        axes: what each axis goes along: the layer's inputs ("in"), its outputs ("out") or the
+            adapter's own features ("rank"); () if adapters are never joined.
+        scaled: whether the layer's scale may be multiplied into it.
+        absent: value along the outputs of a part without adapter; None: none does nothing.
+    """
+
+    suffix: str
+    shape: tuple[int, ...]
     change: Change
+    axes: tuple[str, ...] = ()
+    scaled: bool = False
+    absent: float | None = 0.0
 
 
 @dataclass(frozen=True)

@@ -83,7 +83,7 @@ from_kernel = dora_embedding.from_kernel
 
 def tensors(config: Any, d_in: int, d_out: int) -> dict[str, Tensor]:
     """What PEFT stores of a layer."""
-    magnitude = Tensor("lora_magnitude_vector", (d_out,), SAME)
+    magnitude = Tensor("lora_magnitude_vector", (d_out,), SAME, ("out",), absent=None)
     return lora.tensors(config, d_in, d_out) | {"magnitude": magnitude}
 
 

@@ -95,8 +95,8 @@ def initial(
 def tensors(config: Layer, d_in: int, d_out: int) -> dict[str, Tensor]:
     """What PEFT stores of a layer."""
     if config.feedforward:
-        return {"factor": Tensor("ia3_l", (d_in,), _ROW)}
-    return {"factor": Tensor("ia3_l", (d_out,), _COLUMN)}
+        return {"factor": Tensor("ia3_l", (d_in,), _ROW, ("in",))}
+    return {"factor": Tensor("ia3_l", (d_out,), _COLUMN, ("out",), absent=1.0)}
 
 
 def merge(

@@ -83,12 +83,12 @@ def initial(
 
 def tensors(config: Config, d_in: int, d_out: int) -> dict[str, Tensor]:
     """What PEFT stores of a layer."""
-    r = config.rank
+    a, b = (d_in, config.rank), (config.rank, d_out)
     return {
-        "a1": Tensor("hada_w1_b", (d_in, r), TRANSPOSE),
-        "b1": Tensor("hada_w1_a", (r, d_out), TRANSPOSE),
-        "a2": Tensor("hada_w2_b", (d_in, r), TRANSPOSE),
-        "b2": Tensor("hada_w2_a", (r, d_out), TRANSPOSE),
+        "a1": Tensor("hada_w1_b", a, TRANSPOSE, ("in", "rank")),
+        "b1": Tensor("hada_w1_a", b, TRANSPOSE, ("rank", "out"), scaled=True),
+        "a2": Tensor("hada_w2_b", a, TRANSPOSE, ("in", "rank")),
+        "b2": Tensor("hada_w2_a", b, TRANSPOSE, ("rank", "out")),
     }
 
 

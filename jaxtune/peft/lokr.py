@@ -44,6 +44,7 @@ class Config:
 
 
 READS = (Config, Targets, Saved)
+APART = True
 
 
 def configure(config: Config, layers: Layers) -> dict[str, Config]:

@@ -87,7 +87,7 @@ def pair(linear: Linear, configs: Sequence[Any]) -> tuple[AdapterParam, AdapterP
 def with_rank(config: Any, rank: int) -> Any:
     """Another rank with the same scale."""
     growth = rank / config.rank
-    alpha = config.alpha * (growth**0.5 if config.rslora else growth)
+    alpha = config.alpha * (growth**0.5 if getattr(config, "rslora", False) else growth)
     return dataclasses.replace(config, rank=rank, alpha=alpha)
 
 
@@ -112,12 +112,13 @@ def initial(leaf: str, shape: tuple[int, ...], config: Any, rng: np.random.Gener
 
 def tensors(config: Any, d_in: int, d_out: int) -> dict[str, Tensor]:
     """What PEFT stores of a layer."""
-    bias = {"bias": Tensor("lora_B.bias", (d_out,), SAME)} if config.lora_bias else {}
-    return {
-        "a": Tensor("lora_A.weight", (d_in, config.rank), TRANSPOSE),
-        "b": Tensor("lora_B.weight", (config.rank, d_out), TRANSPOSE),
-        **bias,
+    found = {
+        "a": Tensor("lora_A.weight", (d_in, config.rank), TRANSPOSE, ("in", "rank")),
+        "b": Tensor("lora_B.weight", (config.rank, d_out), TRANSPOSE, ("rank", "out"), scaled=True),
     }
+    if config.lora_bias:
+        found["bias"] = Tensor("lora_B.bias", (d_out,), SAME, ("out",), scaled=True)
+    return found
 
 
 def merge(

@@ -49,6 +49,7 @@ class Layer(NamedTuple):
 
 
 READS = (Config, Targets, Saved)
+APART = True
 _NUMBERS = {"sharing": 1, "rotation": 6}  # of the authors' types
 
 

@@ -65,7 +65,7 @@ def initial(
 
 def tensors(config: Config, d_in: int, d_out: int) -> dict[str, Tensor]:
     """What a folder holds of a layer."""
-    mixer = Tensor("lora_AB.weight", (config.rank, config.rank), TRANSPOSE)
+    mixer = Tensor("lora_AB.weight", (config.rank,) * 2, TRANSPOSE, ("rank", "rank"))
     return lora.tensors(config, d_in, d_out) | {"mixer": mixer}
 
 

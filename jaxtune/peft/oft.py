@@ -38,6 +38,7 @@ class Config:
 
 
 READS = (Config, Targets, Saved, Biases)
+APART = True
 
 
 def configure(config: Config, layers: Layers) -> dict[str, Config]:

@@ -49,6 +49,7 @@ class Layer(NamedTuple):
 
 
 READS = (Config, Targets, Saved, Biases)
+APART = True
 SHARED = ("projection_a", "projection_b")
 
 

@@ -266,14 +266,14 @@ def test_lora_in_peft(name: str, variant: str, tmp_path: Path):
         joined = () if name in experts_in_peft.JOINED else (".*experts.*",)
         options = {"target_modules": ("all-linear",), "exclude_modules": beside + joined}
     adapted = oracle.adapt(loaded, Peft(rank=3, alpha=5.0, **options))
-    require_supported(adapted.adapters, loaded.weights)
+    where = (loaded.weights, loaded.stacks)
+    require_supported(adapted.adapters, loaded.skeleton.abstract(), *where)
     assert experts_in_peft.problem(adapted.adapters, loaded.weights, name) is None
     params = {**adapted.frozen, **adapted.trainable}
     model = adapted.skeleton.model(params)
     positions = np.broadcast_to(np.arange(24), tokens.shape)
     ours = model.logits(model.hidden(tokens, positions, None)[0])
     folder, base = tmp_path / "adapter", loaded.skeleton.abstract()
-    where = (loaded.weights, loaded.stacks)
     save_adapter(folder, params, adapted.adapters, base, *where, base="random")
     back = load_adapter(folder, base, *where, base=checkpoint)
     for path, array in back.params.items():
@@ -367,7 +367,8 @@ def test_adapters_of_experts_that_peft_would_misread_are_named(capsys: Any):
     build.with_remat(run, "full")
     assert capsys.readouterr().err.count("PEFT cannot load this adapter: it cannot join") == 1
     with pytest.raises(ConfigError, match="_proj is one tensor of all experts"):
-        require_supported(*adapted("gpt_oss"))
+        adapters, weights = adapted("gpt_oss")
+        require_supported(adapters, {}, weights, ())
     for options in ({"method": "dora"}, {"dropout": 0.1}):
         with pytest.raises(ConfigError, match="cannot adapt experts, and layers.0.mlp.experts"):
             adapted("mixtral", **options)

@@ -10,11 +10,15 @@ import pytest
 from flax import nnx
 
 from jaxtune import peft, tree
-from jaxtune.checkpoint.adapter import first_values, load_adapter, save_adapter
+from jaxtune.checkpoint.adapter import Adapter, first_values, load_adapter, save_adapter
 from jaxtune.checkpoint.adapter_config import CONFIG_FILE
+from jaxtune.checkpoint.fused import require_supported
 from jaxtune.checkpoint.hf_save import save_model
 from jaxtune.checkpoint.source import open_checkpoint
-from jaxtune.models import gemma, gpt2, phi3, qwen2
+from jaxtune.errors import ConfigError
+from jaxtune.models import falcon, gemma, gpt2, phi3, qwen2
+from jaxtune.nn.params import AdapterParam
+from jaxtune.schema import Peft
 from tests import oracle
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -121,21 +125,26 @@ def their_model(hf: Any, name: str, options: dict[str, Any]) -> Any:
     return model.eval()
 
 
-def our_logits(loaded: oracle.Loaded, adapter: Any, tokens: np.ndarray) -> np.ndarray:
+def filled(
+    loaded: oracle.Loaded, adapters: peft.Adapters, stored: dict[str, np.ndarray]
+) -> tuple[tree.Skeleton, dict[str, Any]]:
+    """The model with adapters, and values of their variables and of what else is stored."""
     abstract = loaded.skeleton.abstract()
 
     def build() -> nnx.Module:
         model = loaded.skeleton.model(abstract)
-        peft.attach(model, adapter.adapters)
+        peft.attach(model, adapters)
         return model
 
     skeleton = tree.describe(build)
     shapes = skeleton.abstract()
-    names = (set(shapes) - set(abstract)) | set(adapter.params)
-    rest = {name: shapes[name] for name in names}
-    values = first_values(
-        rest, adapter.adapters, loaded.stacks, loaded.params, stored=adapter.params, seed=0
-    )
+    rest = {name: shapes[name] for name in (set(shapes) - set(abstract)) | set(stored)}
+    where = (loaded.stacks, loaded.params)
+    return skeleton, first_values(rest, adapters, *where, stored=stored, seed=0)
+
+
+def our_logits(loaded: oracle.Loaded, adapter: Any, tokens: np.ndarray) -> np.ndarray:
+    skeleton, values = filled(loaded, adapter.adapters, adapter.params)
     model = skeleton.model(loaded.params | values)
     positions = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
     return np.asarray(model.logits(model.hidden(tokens, positions, None)[0]))
@@ -202,6 +211,103 @@ def test_peft_computes_the_same_outside_of_the_layers(
 )
 def test_peft_makes_the_same_base_again(method: str, options: dict, sizes: dict, tmp_path: Path):
     check(method, "LoraConfig", {"r": 3, "lora_alpha": 5} | options, "scan", tmp_path, **sizes)
+
+
+QKV = {"target_modules": ["qkv_proj", "gate_up_proj"]}
+# Layers that are one in transformers and several here.
+FUSED: list[tuple[str, str, dict[str, Any], dict[str, Any]]] = [
+    ("dora", "LoraConfig", QKV | {"r": 3, "use_dora": True}, phi3.TINY),
+    ("loha", "LoHaConfig", QKV | {"r": 3, "alpha": 5}, phi3.TINY),
+    ("ia3", "IA3Config", QKV | {"feedforward_modules": []}, phi3.TINY),
+    ("ia3", "IA3Config", {"target_modules": ["c_attn"], "feedforward_modules": []}, gpt2.TINY),
+    ("dora", "LoraConfig", {"use_dora": True, "target_modules": ["c_attn", "c_proj"]}, gpt2.TINY),
+    ("dora", "LoraConfig", {"use_dora": True, "target_modules": ["query_key_value"]}, falcon.TINY),
+]
+
+
+@pytest.mark.parametrize(
+    ("method", "name", "options", "sizes"),
+    [FUSED[0], *(pytest.param(*case, marks=pytest.mark.slow) for case in FUSED[1:])],
+)
+def test_peft_computes_the_same_in_layers_that_it_has_as_one(
+    method: str, name: str, options: dict, sizes: dict, tmp_path: Path
+):
+    check(method, name, options, "scan", tmp_path, **sizes)
+
+
+# Methods of which PEFT has the first two.
+PARTS: dict[str, dict[str, Any]] = {
+    "loha": {"rank": 2, "alpha": 3.0, "alpha_pattern": ("v_proj=5",)},
+    "ia3": {"feedforward_modules": ("down_proj",)},
+    "moslora": {"rank": 2, "alpha_pattern": ("v_proj=5",)},
+    "lokr": {"rank": 2},
+    "mora": {"rank": 2},
+    "vera": {"rank": 4},
+    "adalora": {"rank": 3, "target_rank": 2},
+    "oft": {"block_size": 8},
+}
+
+
+@pytest.mark.parametrize(
+    "method",
+    [m if m in ("loha", "lokr") else pytest.param(m, marks=pytest.mark.slow) for m in PARTS],
+)
+def test_some_parts_of_a_layer_are_adapted(method: str, tmp_path: Path):
+    import peft as theirs
+    import transformers
+
+    hf, tokens = oracle.hf_model(phi3.TINY), oracle.random_tokens(0, 2, 9)
+    checkpoint = oracle.checkpoint_of(hf)
+    loaded = oracle.load(checkpoint, layers="scan")
+    shapes = loaded.skeleton.abstract()
+    section = Peft(
+        **{"method": method, "target_modules": ("q_proj", "v_proj", "down_proj"), **PARTS[method]}
+    )
+    adapters = peft.choose_adapters(loaded.skeleton.model(shapes), section)
+    place = (shapes, loaded.weights, loaded.stacks)
+    require_supported(adapters, *place)
+    skeleton, values = filled(loaded, adapters, {})
+    random = np.random.default_rng(0)
+    for name in sorted(skeleton.select(AdapterParam)):
+        values[name] += random.normal(0, 0.3, values[name].shape)
+    expected = our_logits(loaded, Adapter(adapters, values, ()), tokens)
+    assert oracle.difference(expected, oracle.hf_logits(hf, tokens)) > 0.1
+
+    save_adapter(tmp_path / "ours", values, adapters, *place, base="random")
+    back = load_adapter(tmp_path / "ours", *place, base=checkpoint)
+    assert oracle.difference(our_logits(loaded, back, tokens), expected) <= 1e-5
+    if method in ("loha", "ia3"):
+        model = theirs.PeftModel.from_pretrained(copy.deepcopy(hf), tmp_path / "ours").eval()
+        assert oracle.difference(oracle.hf_logits(model, tokens), expected) <= 1e-5
+    else:
+        with pytest.raises((KeyError, ValueError)):
+            theirs.PeftModel.from_pretrained(hf, tmp_path / "ours")
+
+    arguments = (values, checkpoint, *place[1:])
+    save_model(tmp_path / "merged", *arguments, adapters=adapters)
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    assert oracle.difference(oracle.hf_logits(merged, tokens), expected) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"method": "dora", "target_modules": ("q_proj",)},
+            "attn.q_proj is part of .*qkv_proj .* no part can be without adapter - target all",
+        ),
+        (
+            {"method": "ia3", "feedforward_modules": ("up_proj",)},
+            "gate_proj is part of .*gate_up_proj .* one input - take them out of peft.feedforward",
+        ),
+    ],
+)
+def test_parts_that_the_layer_cannot_have_are_refused(options: dict, message: str):
+    loaded = oracle.load(open_checkpoint("tiny:phi3"), layers="scan")
+    shapes = loaded.skeleton.abstract()
+    adapters = peft.choose_adapters(loaded.skeleton.model(shapes), Peft(**options))
+    with pytest.raises(ConfigError, match=message):
+        require_supported(adapters, shapes, loaded.weights, loaded.stacks)
 
 
 # Heads that are not width / number of heads, with a head that is tied; and biases in some layers.
