@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxtune import config
+from jaxtune import config, schema
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -120,6 +120,25 @@ def test_links_lead_somewhere(page: Path):
     for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
         if "://" not in target:
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+METHODS = schema.Peft.__dataclass_fields__["method"].metadata["choices"]
+# Pages of methods that share one.
+SHARED = {"p_tuning": "prompt"}
+OTHERS = ("pissa", "loftq", "neftune", "longlora", "galore", "apollo")
+
+
+@pytest.mark.parametrize("name", [*METHODS, *OTHERS])
+def test_every_method_has_a_page_with_all_its_parts(name: str):
+    page = ROOT / "docs" / "peft" / f"{SHARED.get(name, name)}.md"
+    text = page.read_text(encoding="utf-8")
+    assert re.search(r"^ {4}\S", text, re.MULTILINE), "no equation"
+    for part in ("trains", "memory", "when"):
+        assert re.search(rf"\*\*[^*]*{part}", text, re.IGNORECASE), f"does not say: {part}"
+    assert "**Options**" in text or re.search(r"`(peft|train)\.\w+", text), "names no option"
+    shown = " ".join(word for words in commands(page) for word in words)
+    own = name in METHODS and name not in ("lora", *SHARED)
+    assert f"--config.peft.method={name}" in shown if own else "jaxtune.train" in shown
 
 
 def test_own_data_commands_of_the_readme_run(tmp_path: Path):
