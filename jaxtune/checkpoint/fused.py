@@ -70,10 +70,11 @@ def require_supported(
                 "no adapter of ours can name - take it out with peft.exclude_modules=.*experts.*"
             )
     for whole in wholes(adapters, weights, stacks):
-        found, problem = [], ""
+        found: list[Tensor] = []
         for part in whole.parts if whole.columns[1:] else ():
             own = whole._replace(config=part.config) if part is not None else whole
             found += tensors_of(adapters, own, base_params).values()
+        problem = ""
         if any(not {"rank", "out"} & set(tensor.axes) for tensor in found):
             problem = "all parts have one input - take them out of peft.feedforward_modules"
         if any(tensor.absent is None for tensor in found) and None in whole.parts:
