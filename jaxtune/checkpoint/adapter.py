@@ -239,7 +239,7 @@ def load_adapter(
         array = entry.tensor.change.to_ours(arrays[key])
         read.setdefault(entry.whole.name, {})[entry.leaf] = array
     values: Mapping[str, Arrays] = read
-    if (start := fields.get("init_lora_weights")) in AGAIN:
+    if (start := str(fields.get("init_lora_weights"))) in AGAIN:
         adapters, adapted, values = on_whole_base(start, adapters, adapted, values, weights, base)
     adapters, params = _separated(adapters, adapted, values, base_params)
     arrays |= {key: base.read(key.removeprefix(_PREFIX)) for key in partial}

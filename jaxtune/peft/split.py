@@ -70,7 +70,8 @@ def pissa(weight: jax.Array, config: Any, start: Start, rng: np.random.Generator
 
 def largest(weight: jax.Array, config: Any) -> tuple[jax.Array, jax.Array]:
     """A and B whose scaled product is that of the largest R triplets of a kernel: PiSSA's."""
-    return _pair(*jnp.linalg.svd(weight, full_matrices=False), config)
+    u, s, vt = jnp.linalg.svd(weight, full_matrices=False)
+    return _pair(u, s, vt, config)
 
 
 def first_columns(weight: jax.Array, config: Any) -> tuple[jax.Array, jax.Array]:

@@ -286,9 +286,9 @@ def test_some_parts_of_a_layer_are_adapted(method: str, tmp_path: Path):
     skeleton, values = filled(loaded, adapters, {})
     random = np.random.default_rng(0)
     for name in sorted(skeleton.select(AdapterParam)):
-        values[name] += random.normal(0, 0.3, values[name].shape)
+        values[name] += random.normal(0, 0.15, values[name].shape)
     expected = our_logits(loaded, Adapter(adapters, values, ()), tokens)
-    assert oracle.difference(expected, oracle.hf_logits(hf, tokens)) > 0.01
+    assert oracle.difference(expected, oracle.hf_logits(hf, tokens)) > 1e-3
 
     save_adapter(tmp_path / "ours", values, adapters, *place, base="random")
     back = load_adapter(tmp_path / "ours", *place, base=checkpoint)
