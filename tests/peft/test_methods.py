@@ -211,9 +211,8 @@ def loss_of(run: build.Run, values: dict[str, Any]) -> float:
     return float(jax.jit(lambda own: run.objective(run.skeleton.model(own), micro)[0])(own))
 
 
-@pytest.mark.parametrize(
-    "method", [m if m == "mora" else pytest.param(m, marks=pytest.mark.slow) for m in ADAPTERS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ADAPTERS)
 def test_folders_and_merged_models_are_the_adapter(base: Checkpoint, method: str, tmp_path: Path):
     run = described(base, method)
     values = filled(run, noise=0.05)
