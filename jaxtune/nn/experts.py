@@ -157,8 +157,10 @@ class Experts(nnx.Module):
         layers = (self.gate_proj, self.up_proj, self.down_proj)
         given = tuple(layer.weights() for layer in layers)
         mesh = self.policy.mesh
+        matmul = "xla" if self.policy.matmul == "xla" else "pallas_tpu"
+        mixed = functools.partial(_mixed, gate=self.gate, matmul=matmul)
         if mesh is None or mesh.size == 1:
-            return _mixed(x, chosen, weights, given, gate=self.gate)
+            return mixed(x, chosen, weights, given)
         given = tuple(one._replace(kernel=plain_scales(one.kernel)) for one in given)
         parts = tuple(layer.specs(one, mesh) for layer, one in zip(layers, given, strict=True))
         tokens = spec(x.shape, TOKENS, mesh)
@@ -182,7 +184,7 @@ class Experts(nnx.Module):
             if features is not None and given[2].bias is not None:
                 is_first = jax.lax.axis_index(features) == 0
                 given = (*given[:2], given[2]._replace(bias=given[2].bias * is_first))
-            y = _mixed(x, chosen, weights, given, gate=self.gate)
+            y = mixed(x, chosen, weights, given)
             if summed != tokens:
                 y = jax.lax.psum_scatter(y, features, scatter_dimension=1, tiled=True)
             elif features is not None:
@@ -196,7 +198,13 @@ class Experts(nnx.Module):
 
 
 def _mixed(
-    x: jax.Array, chosen: jax.Array, weights: jax.Array, given: tuple[Weights, ...], *, gate: Gate
+    x: jax.Array,
+    chosen: jax.Array,
+    weights: jax.Array,
+    given: tuple[Weights, ...],
+    *,
+    gate: Gate,
+    matmul: str,
 ) -> jax.Array:
     """What the given experts, numbered from 0, add to the tokens; other numbers add nothing.
 
@@ -206,7 +214,9 @@ def _mixed(
         weights: float32 [B, T, k].
         given: of gate, up and down.
         gate: see `Experts`.
+        matmul: implementation of `ops.grouped_matmul`.
     """
+    product = functools.partial(ops.grouped_matmul, implementation=matmul)
     num_experts, k = given[0].kernel.shape[0], chosen.shape[-1]
     numbers = chosen.reshape(-1)
     here = (numbers >= 0) & (numbers < num_experts)
@@ -219,9 +229,9 @@ def _mixed(
     is_real = (owner < num_experts)[:, None]
 
     def project(rows: jax.Array, w: Weights) -> jax.Array:
-        y = ops.grouped_matmul(rows, w.kernel, sizes)
+        y = product(rows, w.kernel, sizes)
         if w.a is not None:
-            y += ops.grouped_matmul(ops.grouped_matmul(rows, w.a, sizes), w.b, sizes)
+            y += product(product(rows, w.a, sizes), w.b, sizes)
         if w.bias is not None:
             own = w.bias.astype(y.dtype)[jnp.minimum(owner, num_experts - 1)]
             y += jnp.where(is_real, own, 0)  # nor gets a gradient from the others

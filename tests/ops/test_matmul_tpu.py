@@ -12,9 +12,10 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxtune import ops
-from jaxtune.ops.matmul import pallas_tpu
+from jaxtune.ops.matmul import grouped_tpu, pallas_tpu
 from jaxtune.planning.topology import DEVICELESS
 from jaxtune.quant import quantize
+from tests import oracle, tolerances
 from tests.ops import matmul_cases
 
 MATMUL = functools.partial(ops.matmul, implementation="pallas_tpu")
@@ -67,6 +68,37 @@ def test_groups_that_split_a_strip_are_refused():
     w = quantize(kernel, "int8_block", block_size=16)
     with pytest.raises(NotImplementedError, match="scales of 16 rows"):
         jax.eval_shape(MATMUL, x, w)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "shape"),
+    [
+        ((5, 0, 7), (12, 8, 5)),
+        ((0, 130, 3, 0, 67, 0), (300, 72, 40)),  # rows of nobody
+        ((384, 128, 0), (512, 33, 130)),
+    ],
+)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_weight_gradients_of_groups(
+    monkeypatch: pytest.MonkeyPatch, dtype: Any, sizes: tuple[int, ...], shape: tuple[int, int, int]
+):
+    interpreted = functools.partial(grouped_tpu.outer, interpret=True)
+    monkeypatch.setattr(grouped_tpu, "outer", interpreted)
+    monkeypatch.setattr(grouped_tpu, "BLOCK", (32, 128))
+    m, d, f = shape
+    keys = jax.random.split(jax.random.key(m), 2)
+    x, g = (jax.random.normal(k, (m, n), dtype) for k, n in zip(keys, (d, f), strict=True))
+    counts = jnp.array(sizes, jnp.int32)
+
+    def gradient(implementation: str) -> jax.Array:
+        def y(w: jax.Array) -> jax.Array:
+            return ops.grouped_matmul(x, w, counts, implementation=implementation)
+
+        return jax.vjp(y, jnp.zeros((len(sizes), d, f), jnp.float32))[1](g)[0]
+
+    got, expected = gradient("pallas_tpu"), gradient("xla")
+    assert got.dtype == expected.dtype == jnp.float32
+    assert oracle.difference(got, expected) <= tolerances.OPS
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -127,6 +159,20 @@ def compile(m, d, f, format, double_quant=False, dtype=jnp.bfloat16, rank=0):
                          jax.ShapeDtypeStruct((rank, f), jnp.float32)))
         jax.jit(adapted).lower(x, w, *pair, g).compile()
 
+def compile_groups(m, d, f, groups, dtype=jnp.bfloat16):
+    def gradient(x, w, sizes, g):
+        def y(w):
+            return ops.grouped_matmul(x, w, sizes, implementation="pallas_tpu")
+        return jax.vjp(y, w)[1](g)
+    shapes = ((m, d), dtype), ((groups, d, f), jnp.float32), ((groups,), jnp.int32), ((m, f), dtype)
+    given = abstract([jax.ShapeDtypeStruct(*shape) for shape in shapes])
+    flops = jax.jit(gradient).lower(*given).compile().cost_analysis()["flops"]
+    assert flops < 1.1 * 2 * m * d * f, (m, d, f, groups, flops)
+
+compile_groups(16384, 4096, 14336, 8)
+compile_groups(16384, 4096, 14336, 8, jnp.float32)
+compile_groups(16384, 2048, 16, 128)
+compile_groups(16384, 16, 768, 128)
 for format in FORMATS:
     compile(2048, 4096, 14336, format)
 compile(2048, 4096, 14336, "nf4", double_quant=True, rank=16)

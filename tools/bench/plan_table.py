@@ -1,7 +1,8 @@
 """What fits where, and how fast it might be: `python -m jaxtune.plan` for well-known steps.
 
-    python tools/bench/plan_table.py --out=runs/plan_table.json                 every row
+    python tools/bench/plan_table.py --out=runs/plan_table.json                 well-known steps
     python tools/bench/plan_table.py --out=runs/plan_table.json 8b-lora-v5e-16  one
+    python tools/bench/plan_table.py --out=runs/plan_families.json --families   LoRA of each family
     python tools/bench/plan_table.py --out=runs/plan_table.json --table         only prints
 
 A row that is in --out already is not computed again; a step that does not fit is a row too. Rows
@@ -30,6 +31,59 @@ ROWS = {
     "8b-qlora-rtx4090-1": ("rtx4090:1", "llama:8b", "--config.quant.format=nf4"),
     "70b-qlora-h100-8": ("h100:8", "llama:70b", "--config.quant.format=nf4"),
 }
+_FULL = "--config.model.remat=full"
+_LABELS = (
+    _FULL,
+    "--config.data.max_seq_len=512",
+    "--config.objective.name=sequence_classification",
+    "--config.objective.labels=yes,no",
+)
+_NEW_POOLER = ("--config.peft.modules_to_save=pooler", "--config.peft.exclude_modules=pooler")
+_EXPERTS = (_FULL, "--config.mesh.expert=4")
+_V5E = "v5e:4x4"
+# By model_type, the published size nearest to 7B; of encoders the largest, of mixtures the
+# smallest. Rows are as long as the model has positions, 2048 at most.
+FAMILIES = {
+    "baichuan": (_V5E, "baichuan:2-7b", _FULL),
+    "bert": (_V5E, "bert:335m", *_LABELS, *_NEW_POOLER),
+    "bloom": (_V5E, "bloom:7b1", _FULL),
+    "chatglm": (_V5E, "chatglm:6b", _FULL),
+    "deepseek_v2": (_V5E, "deepseek_v2:16b-lite", *_EXPERTS),
+    "deepseek_v3": (
+        "v5e:16x16",
+        "deepseek_v3:671b",
+        _FULL,
+        "--config.mesh.expert=16",
+        "--config.data.max_seq_len=512",
+    ),
+    "electra": (_V5E, "electra:335m", *_LABELS),
+    "falcon": (_V5E, "falcon:7b", _FULL),
+    "gemma": (_V5E, "gemma:7b", _FULL),
+    "gemma2": (_V5E, "gemma2:9b", _FULL),
+    "gemma3_text": (_V5E, "gemma3_text:1b", _FULL),
+    "glm": (_V5E, "glm:9b", _FULL),
+    "glm4": (_V5E, "glm4:9b", _FULL),
+    "gpt2": (_V5E, "gpt2:1.5b", _FULL, "--config.data.max_seq_len=1024"),
+    "gpt_neox": (_V5E, "gpt_neox:6.9b", _FULL),
+    "gpt_oss": (_V5E, "gpt_oss:20b", *_EXPERTS, "--config.peft.exclude_modules=.*experts.*"),
+    "gptj": (_V5E, "gptj:6b", _FULL),
+    "internlm": (_V5E, "internlm:7b", _FULL),
+    "internlm2": (_V5E, "internlm2:7b", _FULL),
+    "internlm3": (_V5E, "internlm3:8b", _FULL),
+    "llama": (_V5E, "llama:8b", _FULL),
+    "mistral": (_V5E, "mistral:7b", _FULL),
+    "mixtral": (_V5E, "mixtral:8x7b", *_EXPERTS),
+    "olmo2": (_V5E, "olmo2:7b", _FULL),
+    "opt": (_V5E, "opt:6.7b", _FULL),
+    "phi3": (_V5E, "phi3:3.8b", _FULL),
+    "qwen": (_V5E, "qwen:7b", _FULL),
+    "qwen2": (_V5E, "qwen2:7b", _FULL),
+    "qwen2_moe": (_V5E, "qwen2_moe:14b-a2.7b", *_EXPERTS),
+    "qwen3": (_V5E, "qwen3:8b", _FULL),
+    "qwen3_moe": (_V5E, "qwen3_moe:30b-a3b", *_EXPERTS),
+    "roberta": (_V5E, "roberta:355m", *_LABELS),
+    "stablelm": (_V5E, "stablelm:3b", _FULL),
+}
 SHARED = (
     f"--config={ROOT / 'configs' / 'lora.py'}",
     "--config.data.train=none",
@@ -41,7 +95,7 @@ SHARED = (
 
 def measure(name: str) -> dict[str, Any]:
     """Plans one row in a process of its own."""
-    topology, model, *options = ROWS[name]
+    topology, model, *options = (ROWS | FAMILIES)[name]
     command = [sys.executable, "-m", "jaxtune.plan", f"--topology={topology}", "--json", *SHARED]
     command += [f"--config.model.path={model}", *options]
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
@@ -57,7 +111,7 @@ def measure(name: str) -> dict[str, Any]:
 
 def line(name: str, row: dict[str, Any]) -> str:
     """One row of a Markdown table."""
-    topology, model, *options = ROWS[name]
+    topology, model, *options = (ROWS | FAMILIES)[name]
     cells = [f"{model} {' '.join(options).replace('--config.', '')}", topology]
     if "error" in row:
         return "| " + " | ".join([*cells, row["error"]]) + " |"
@@ -72,11 +126,14 @@ def line(name: str, row: dict[str, Any]) -> str:
 def main() -> None:
     """Computes the rows that are missing, and prints the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("rows", nargs="*", help=f"of {', '.join(ROWS)}; default: all")
+    parser.add_argument(
+        "rows", nargs="*", help=f"of {', '.join(ROWS | FAMILIES)}; default: the well-known steps"
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/plan_table.json"))
+    parser.add_argument("--families", action="store_true", help="the rows of all families")
     parser.add_argument("--table", action="store_true")
     args = parser.parse_args()
-    for name in [] if args.table else args.rows or ROWS:
+    for name in [] if args.table else args.rows or (FAMILIES if args.families else ROWS):
         known = json.loads(args.out.read_text()) if args.out.exists() else {}
         if name not in known:
             args.out.parent.mkdir(parents=True, exist_ok=True)
