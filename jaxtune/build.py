@@ -226,7 +226,7 @@ def make_optimizer(
     Raises:
         ConfigError: the run is too short for its budget of ranks.
     """
-    return optim.make_optimizer(
+    tx = optim.make_optimizer(
         run.config.optim,
         schedule,
         trained_axes(run),
@@ -234,6 +234,7 @@ def make_optimizer(
         every=run.turns.steps if run.turns else 1,
         allocation=_allocation(run, num_steps),
     )
+    return optim.balance(tx, run.loads, run.config.train.router_bias_update_rate)
 
 
 def _allocation(run: Run, num_steps: int | None) -> optim.Allocation | None:

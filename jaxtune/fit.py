@@ -193,6 +193,7 @@ def _step(run: build.Run, tx: optax.GradientTransformation, schedule: optax.Sche
         apply,
         gradients,
         run.turns,
+        run.loads,
     )
 
 

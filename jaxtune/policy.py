@@ -56,6 +56,8 @@ def resolve_policy(config: RunConfig, model_config: Any, mesh: Mesh) -> Policy:
         )
     if config.train.router_aux_loss:
         _require_balance(config, model_config, mesh)
+    if config.train.router_bias_update_rate:
+        _require_correction(config, model_config, mesh)
     if config.train.attention_group:
         _require_halves(model_config, config.train.attention_group)
     if config.peft.method == "llama_pro" and not model_config.causal:
@@ -87,6 +89,7 @@ def resolve_policy(config: RunConfig, model_config: Any, mesh: Mesh) -> Policy:
         chosen["param_dtype"] = "float32"
     chosen["sharding_stage"] = config.mesh.sharding_stage
     chosen["imbalance"] = config.train.router_aux_loss > 0
+    chosen["counts_loads"] = config.train.router_bias_update_rate > 0
     chosen["context_parallel"] = _context_parallel(config, model_config, mesh)
     return suited_policy(platform, mesh=mesh, **chosen)
 
@@ -138,6 +141,27 @@ def _require_balance(config: RunConfig, model_config: Any, mesh: Mesh) -> None:
         raise ConfigError(
             f"{option} sums over all layers, which a pipeline (mesh.stage) and methods that train "
             "layers in turn do not pass on - use mesh.fsdp, another peft.method, or 0"
+        )
+
+
+def _require_correction(config: RunConfig, model_config: Any, mesh: Mesh) -> None:
+    """Raises ConfigError if no router has numbers that balance its experts, or they stay."""
+    option = f"config.train.router_bias_update_rate={config.train.router_bias_update_rate}"
+    moe = getattr(model_config, "moe", None)
+    if moe is None or not moe.correction:
+        raise ConfigError(
+            f"{option}: the model has no e_score_correction_bias, as DeepSeek-V3 has - use "
+            "train.router_aux_loss, or 0"
+        )
+    if config.peft.method != "full":
+        raise ConfigError(
+            f"{option} changes the base, which peft.method={config.peft.method} leaves as it is - "
+            "use peft.method=full, or 0"
+        )
+    if pipeline.num_stages(mesh) > 1:
+        raise ConfigError(
+            f"{option} counts tokens, and a pipeline also computes rows that are none - set "
+            "mesh.stage=1, or use 0"
         )
 
 

@@ -11,7 +11,7 @@ from jaxtune import peft
 from jaxtune.checkpoint.adapter import Adapter
 from jaxtune.checkpoint.tensors import Checkpoint
 from jaxtune.distributed import batch_to_device, held_rows
-from jaxtune.nn.params import Policy
+from jaxtune.nn.params import LoadParam, Policy
 from jaxtune.schema import RunConfig
 from jaxtune.sharding import rules
 from jaxtune.step import Objective
@@ -62,6 +62,11 @@ class Run:
     def variables(self) -> Params:
         """ShapeDtypeStructs of all variables of the model, by name."""
         return self.frozen | self.trainable | self.in_turn
+
+    @property
+    def loads(self) -> set[str]:
+        """Names of the trained parameters whose gradients are the loads of experts."""
+        return self.skeleton.select(LoadParam) if self.policy.counts_loads else set()
 
     def held_rows(self, rows: int) -> tuple[int, ...]:
         """Which rows of a batch of so many this process's devices hold."""

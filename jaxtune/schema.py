@@ -80,8 +80,8 @@ class Model:
     matmul: str = _field(
         "auto",
         "product with a quantized weight: xla (the weight is decoded first), pallas_tpu (decoded "
-        "block by block inside the kernel); auto: pallas_tpu on TPU, but for int8 with a scale a "
-        "column, else xla",
+        "block by block inside the kernel; also the weight gradient of experts); auto: pallas_tpu "
+        "on TPU, but for int8 with a scale a column, else xla",
         choices=("auto", "xla", "pallas_tpu"),
     )
     cross_entropy: str = _field(
@@ -588,6 +588,13 @@ class Train:
         "(config.json of most says 0.001); 0: none",
         low=0.0,
         high=10.0,
+    )
+    router_bias_update_rate: float = _field(
+        0.0,
+        "step of the numbers by which a router's experts are balanced (e_score_correction_bias), "
+        "against their loads of every step (DeepSeek-V3 0.001); 0: they stay as they are",
+        low=0.0,
+        high=1.0,
     )
     max_bad_steps: int = _field(
         5, "consecutive non-finite steps (each skipped) before the run stops", low=1

@@ -6,7 +6,7 @@ leaves parameters and optimizer state as they were, bit for bit, and is counted.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -63,6 +63,7 @@ def make_train_step(
     apply: Apply = apply_whole,
     gradient_shardings: Any = None,
     turns: peft.Turns | None = None,
+    loads: Collection[str] = (),
 ) -> TrainStep:
     """Builds `train_step(state, frozen, batch)`; batch leaves are [A, B, T].
 
@@ -75,6 +76,7 @@ def make_train_step(
         apply: how the optimizer's step is taken; `optim.make_apply` chooses.
         gradient_shardings: where the sums of gradients are, by name; None: like the parameters.
         turns: how the layers of `TrainState.in_turn` take turns.
+        loads: parameters whose gradients are numbers of tokens, which `tx` gets as they are.
 
     Returns:
         A function to the new state and float32 scalars: loss, accuracy (if the objective counts
@@ -113,7 +115,8 @@ def make_train_step(
             zeros = _zeros_of(gradient, trainable, fixed, batch, keys)
             (value, sums, grads), _ = jax.lax.scan(micro_step, zeros, (batch, keys))
         weight = jnp.maximum(sums["weight"], 1e-8)
-        grads = jax.tree.map(lambda g: g / weight, grads)
+        counts = {name: grads[name] for name in loads}
+        grads = {name: g / weight for name, g in grads.items() if name not in counts}
         metrics = {
             "loss": value / weight,
             **({"accuracy": sums["correct"] / weight} if "correct" in sums else {}),
@@ -124,7 +127,7 @@ def make_train_step(
         }
         good = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
         trainable, opt_state = apply(
-            tx, grads, trainable, state.opt_state, good, metrics["grad_norm"]
+            tx, grads | counts, trainable, state.opt_state, good, metrics["grad_norm"]
         )
         in_turn = _put_back(state.in_turn, trainable, active)
         bad_steps = jnp.where(good, 0, state.bad_steps + 1)

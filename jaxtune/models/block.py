@@ -113,9 +113,12 @@ class Block(nnx.Module):
         y, new = self.attn(normed, rope, segments, past, **options)
         x = x + self.attn_post_norm(moved(y, TOKENS, RESIDUAL, mesh))
         normed = moved(self.mlp_norm(x), RESIDUAL, TOKENS, mesh)
-        if self.policy.imbalance and past.cache is None and isinstance(self.mlp, MoE):
-            new = self.mlp.imbalance(normed, segments.queries)
-        return x + self.mlp_post_norm(moved(self.mlp(normed), TOKENS, RESIDUAL, mesh)), new
+        given = (normed,)
+        if isinstance(self.mlp, MoE):
+            given = (normed, segments.queries)
+            if self.policy.imbalance and past.cache is None:
+                new = self.mlp.imbalance(*given)
+        return x + self.mlp_post_norm(moved(self.mlp(*given), TOKENS, RESIDUAL, mesh)), new
 
 
 class ParallelBlock(nnx.Module):

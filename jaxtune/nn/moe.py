@@ -14,7 +14,7 @@ from flax import nnx
 from jaxtune.nn.experts import Experts
 from jaxtune.nn.linear import Linear
 from jaxtune.nn.mlp import MLP, ClampedGate, Gate
-from jaxtune.nn.params import Policy
+from jaxtune.nn.params import LoadParam, Policy
 from jaxtune.sharding.rules import gathered
 
 
@@ -75,7 +75,7 @@ class Router(nnx.Module):
             self.bias = nnx.Param(jnp.zeros((c.num_experts,), policy.param_dtype), axes=(None,))
         self.correction: Any = nnx.data(None)
         if c.correction:
-            self.correction = nnx.Param(jnp.zeros((c.num_experts,), jnp.float32), axes=(None,))
+            self.correction = LoadParam(jnp.zeros((c.num_experts,), jnp.float32), axes=(None,))
 
     def scores(self, x: jax.Array) -> jax.Array:
         """float32 [B, T, E] of x [B, T, D]."""
@@ -104,15 +104,56 @@ class Router(nnx.Module):
             wanted = _in_best_groups(wanted, c)
         return jax.lax.top_k(jax.lax.stop_gradient(wanted), c.top_k)[1]
 
-    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Experts, int32 [B, T, k], and their weights, float32 [B, T, k], of x [B, T, D]."""
+    def __call__(
+        self, x: jax.Array, segments: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array]:
+        """Chooses the experts of every token.
+
+        Args:
+            x: [B, T, D].
+            segments: int32 [B, T], 0 where there is no token; None: each row is full.
+
+        Returns:
+            Experts, int32 [B, T, k], and their weights, float32 [B, T, k].
+        """
         c = self.config
         scores = self.scores(x)
         chosen = self.choose(scores)
         weights = jnp.take_along_axis(scores, chosen, axis=-1)
         if c.renormalize:
             weights /= weights.sum(axis=-1, keepdims=True) + 1e-20
+        if self.policy.counts_loads and self.correction is not None:
+            is_token = jnp.ones(x.shape[:2]) if segments is None else (segments > 0) * 1.0
+            weights = _counted(weights, self.correction.get_value(), chosen, is_token)
         return chosen, weights * c.scale
+
+
+@jax.custom_vjp
+def _counted(
+    weights: jax.Array, correction: jax.Array, chosen: jax.Array, is_token: jax.Array
+) -> jax.Array:
+    """`weights`; the gradient of `correction` is each expert's number of tokens.
+
+    So it is summed over shards and micro-batches and stacked over layers like a gradient, and exact
+    up to 2^24 tokens. `optim.balance` makes a step of it.
+
+    Args:
+        weights: float32 [B, T, k].
+        correction: float32 [E].
+        chosen: int32 [B, T, k].
+        is_token: float32 [B, T], 0 for padding.
+    """
+    del correction, chosen, is_token
+    return weights
+
+
+def _counted_backward(saved: tuple, g: jax.Array) -> tuple:
+    correction, chosen, is_token = saved
+    of_token = jax.nn.one_hot(chosen, correction.shape[0]).sum(axis=2)
+    return g, (of_token * is_token[..., None]).sum(axis=(0, 1)), None, None
+
+
+_counted.defvjp(lambda weights, *saved: (weights, saved), _counted_backward)
 
 
 def _in_best_groups(wanted: jax.Array, config: MoEConfig) -> jax.Array:
@@ -153,8 +194,8 @@ class MoE(nnx.Module):
                 width, 1, axes=("embed", "gate"), policy=policy, rngs=rngs
             )
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        y = self.experts(x, *self.router(x))
+    def __call__(self, x: jax.Array, segments: jax.Array | None = None) -> jax.Array:
+        y = self.experts(x, *self.router(x, segments))
         if self.shared_expert is None:
             return y
         shared = self.shared_expert(x)

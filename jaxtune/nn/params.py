@@ -21,6 +21,10 @@ class HeadParam(nnx.Param):
     """A parameter of a head for labels, which trains with every method."""
 
 
+class LoadParam(nnx.Param):
+    """A number for each expert of a router, which learns from their loads (`nn.moe`)."""
+
+
 class AdapterConstant(nnx.Variable):
     """A number that belongs to an adapter and is not trained (its scale)."""
 
@@ -53,6 +57,7 @@ class Policy:
         micro_batches: parts of the rows that follow each other through the mesh's stages.
         chunks: stacks of a scanned model; every stage has a part of each.
         imbalance: layers with experts say how unevenly tokens choose (`MoE.imbalance`).
+        counts_loads: what a `LoadParam` gets for a gradient is how many tokens each expert has.
         segments: sizes of the stacks of a scanned model, where some train and others do not; ():
             equal chunks.
     """
@@ -71,6 +76,7 @@ class Policy:
     micro_batches: int = 1
     chunks: int = 1
     imbalance: bool = False
+    counts_loads: bool = False
     segments: tuple[int, ...] = ()
 
 

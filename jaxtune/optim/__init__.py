@@ -24,6 +24,7 @@ from jaxtune.optim.adafactor import scale_by_adafactor
 from jaxtune.optim.adamw8bit import scale_by_adam8bit
 from jaxtune.optim.allocation import Allocation, allocate, cubic
 from jaxtune.optim.apply import Apply, apply_by_layer, apply_whole
+from jaxtune.optim.balance import balance
 from jaxtune.optim.groups import rate_factors
 from jaxtune.optim.low_rank import scale_by_apollo, scale_by_galore
 from jaxtune.optim.muon import scale_by_muon
@@ -37,6 +38,7 @@ __all__ = [
     "Apply",
     "Axes",
     "apply_whole",
+    "balance",
     "cubic",
     "make_apply",
     "make_optimizer",

@@ -110,7 +110,10 @@ def test_state_has_the_same_layout_without_groups():
 
 @pytest.mark.parametrize(
     ("config", "outside"),
-    [("bert", {"classifier.out.kernel", "embed.table"}), ("mixtral", {"layers.mlp.router.weight"})],
+    [
+        ("bert", {"classifier.out.kernel", "embed.table"}),
+        ("qwen2_moe", {"layers.mlp.router.weight", "layers.mlp.shared_expert_gate.kernel"}),
+    ],
 )
 def test_scores_are_no_matrices_of_layers(config: str, outside: set[str]):
     checkpoint = open_checkpoint(f"tiny:{config}")
