@@ -1,5 +1,6 @@
-"""Measurements on held-out rows during a run: loss, accuracy and the like, exact match."""
+"""Measurements on held-out rows during a run: loss, accuracy and the like, exact match, F1."""
 
+import functools
 import json
 import math
 from collections.abc import Iterator
@@ -8,12 +9,16 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxtune import data, process
 from jaxtune.build import Run
+from jaxtune.data.examples import Extractive
 from jaxtune.infer import Sampling, generate, stop_ids
+from jaxtune.infer.spans import find_answers
 from jaxtune.log import Log, read_rows, warn
-from jaxtune.objectives.measures import measures
+from jaxtune.models.heads import label_logits
+from jaxtune.objectives.measures import measures, squad
 from jaxtune.sharding.rules import batch_shards
 from jaxtune.step import make_eval_step
 from jaxtune.tree import Params
@@ -62,7 +67,7 @@ class HeldOut:
         return (self._run.put(batch, rows) for batch in loader.one_pass())
 
     def answer(self, step: int, trainable: Params) -> dict[str, Path]:
-        """Generates the last answer of each held-out row and counts the exact ones.
+        """Generates the last answer of each held-out row, or finds it, and counts the exact ones.
 
         Returns:
             {"samples": file with all answers}, or {} if the config does not ask for it.
@@ -70,8 +75,15 @@ class HeldOut:
         config = self._run.config.eval
         if not config.exact_match or self._dataset is None:
             return {}
-        rows = self._rows()
-        self._log.say(f"answering {len(rows)} held-out rows ...")
+        self._log.say(f"answering {len(self._rows())} held-out rows ...")
+        finds = self._run.config.objective.name == "question_answering"
+        answers, row = (self._found if finds else self._generated)(trainable)
+        self._record(step, row)
+        return self._write_samples("answer" if step else "answer_before", answers)
+
+    def _generated(self, trainable: Params) -> tuple[list[str], dict[str, float]]:
+        """The answers of a language model, and how many are exact."""
+        rows, config = self._rows(), self._run.config.eval
         prompts = [
             data.prompt_ids(self._tokenizer, row.messages[:-1], tools=row.tools, raw=row.raw)
             for row in rows
@@ -89,11 +101,41 @@ class HeldOut:
             answer.strip() == row.messages[-1].content.strip()
             for answer, row in zip(answers, rows, strict=True)
         ]
-        self._record(step, {"exact_match": sum(exact) / len(exact)})
-        return self._write_samples("answer" if step else "answer_before", answers)
+        return answers, {"exact_match": sum(exact) / len(exact)}
 
-    def _rows(self) -> list[data.Example]:
-        """The conversations whose last answer is measured."""
+    def _found(self, trainable: Params) -> tuple[list[str], dict[str, float]]:
+        """The parts of contexts that answer questions, and SQuAD's measures of them."""
+        run, rows = self._run, self._rows()
+        batch_rows = run.config.eval.batch_size * batch_shards(run.mesh)
+        held = list(run.held_rows(batch_rows))
+
+        def score(batch: data.TokenBatch) -> np.ndarray:
+            own = run.put(jax.tree.map(lambda x: x[held], batch), batch_rows)
+            return jax.device_get(self._span_scores(trainable, self._frozen, own))
+
+        answers = find_answers(
+            rows,
+            self._tokenizer,
+            score,
+            rows=batch_rows,
+            length=run.config.data.max_seq_len,
+            overlap=run.config.data.window_overlap,
+            longest=run.config.eval.max_new_tokens,
+        )
+        right = [(row.answer, *row.others) for row in rows]
+        return answers, squad(answers, right)
+
+    @functools.cached_property
+    def _span_scores(self) -> Any:
+        """(trainable, frozen, batch) -> float32 [B, T, 2] on every device, compiled."""
+
+        def scores(trainable: Params, frozen: Params, batch: data.TokenBatch) -> jax.Array:
+            return label_logits(self._run.skeleton.model({**frozen, **trainable}), batch)
+
+        return jax.jit(scores, out_shardings=NamedSharding(self._run.mesh, PartitionSpec()))
+
+    def _rows(self) -> list[Any]:
+        """The conversations whose last answer is measured, or questions with their contexts."""
         assert self._dataset is not None
         return self._dataset.examples[: self._run.config.eval.max_rows or None]
 
@@ -103,7 +145,7 @@ class HeldOut:
         if not process.is_first():
             return {"samples": path}
         samples = [
-            {"prompt": _prompt(row), "reference": row.messages[-1].content, field: answer}
+            {"prompt": _prompt(row), "reference": _reference(row), field: answer}
             for row, answer in zip(self._rows(), answers, strict=True)
         ]
         if field == "answer" and path.exists():
@@ -124,6 +166,12 @@ class HeldOut:
         self._log.write(step, "eval", row)
 
 
-def _prompt(row: data.Example) -> str:
+def _reference(row: data.Example | Extractive) -> str:
+    return row.answer if isinstance(row, Extractive) else row.messages[-1].content
+
+
+def _prompt(row: data.Example | Extractive) -> str:
     """What stands before the last answer (nothing, if the row is a text)."""
+    if isinstance(row, Extractive):
+        return row.question
     return row.messages[-2].content if len(row.messages) > 1 else ""

@@ -150,6 +150,7 @@ _FORMATS = {
     "perplexity": ("ppl", "{:.3g}"),
     "accuracy": ("acc", "{:.3f}"),
     "exact_match": ("exact match", "{:.3f}"),
+    "f1": ("F1", "{:.3f}"),
     "learning_rate": ("lr", "{:.2e}"),
     "grad_norm": ("grad", "{:.3f}"),
     "tokens_per_second": ("tok/s", "{:.0f}"),

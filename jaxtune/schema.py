@@ -379,12 +379,19 @@ class Data:
     overlong: str = _field(
         "truncate_right",
         "examples longer than max_seq_len: truncate_right, truncate_left, drop, error, split (into "
-        "rows), last_rounds (the last whole rounds behind the system text), truncate_source (the "
-        "end of the prompt, the beginning of the answer); each case is counted and reported",
+        "rows; of question_answering into windows of the context), last_rounds (the last whole "
+        "rounds behind the system text), truncate_source (the end of the prompt, the beginning of "
+        "the answer); each case is counted and reported",
         choices=(
             *("truncate_right", "truncate_left", "drop", "error"),
             *("split", "last_rounds", "truncate_source"),
         ),
+    )
+    window_overlap: int = _field(
+        128,
+        "tokens of the context that a window shares with the one before it (objective.name="
+        "question_answering with overlong=split, and where eval.exact_match looks for answers)",
+        low=0,
     )
     max_source_len: int | None = _field(
         None,
@@ -661,10 +668,12 @@ class Eval:
     every_steps: int = _field(0, "optimizer steps between evaluations; 0: only at the end", low=0)
     batch_size: int = _field(8, "rows per data shard", low=1)
     exact_match: bool = _field(
-        False, "generate the last answer of each held-out row, before and after, and compare"
+        False,
+        "generate the last answer of each held-out row, or find it in its context, before and "
+        "after, and compare",
     )
     max_rows: int = _field(0, "rows used for exact_match; 0: all", low=0)
-    max_new_tokens: int = _field(128, "longest generated answer, tokens", low=1)
+    max_new_tokens: int = _field(128, "longest answer, tokens", low=1)
 
 
 @dataclass(frozen=True, kw_only=True)

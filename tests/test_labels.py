@@ -154,7 +154,11 @@ def test_more_steps_of_another_run(tmp_path: Path):
             "tiny:bert",
             Objective(name=SPANS),
             "lora",
-            {"question": "q", "context": "abc", "answers": {"text": ["b"], "answer_start": [1]}},
+            {
+                "question": "q",
+                "context": "abc " * 20,
+                "answers": {"text": ["b"], "answer_start": [1]},
+            },
         ),
     ],
 )
@@ -165,18 +169,27 @@ def test_runs_of_all_objectives(
     path.write_text((json.dumps(row) + "\n") * 40)
     cfg = run_config(tmp_path, objective=objective, peft=Peft(method=method))
     data = dataclasses.replace(cfg.data, train=(str(path),), eval=(str(path),))
+    if objective.name == SPANS:
+        data = dataclasses.replace(data, overlong="split", window_overlap=8)
+        finds = dataclasses.replace(cfg.eval, exact_match=True, max_rows=3, max_new_tokens=2)
+        cfg = dataclasses.replace(cfg, eval=finds)
     cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, path=model), data=data)
     result = train(cfg)
+    if objective.name == SPANS:
+        assert result.metrics["eval_exact_match"] <= result.metrics["eval_f1"] <= 1
+        samples = [json.loads(line) for line in result.paths["samples"].read_text().splitlines()]
+        assert [sample["reference"] for sample in samples] == ["b"] * 3
+        assert all(sample["answer"] in "abc " * 20 for sample in samples)
     assert result.metrics["loss"] < 1 and (result.paths.keys() & {"adapter", "merged"})
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"eval": {"exact_match": True}}, "generates no answers"),
+        ({"eval": {"exact_match": True}}, "gives no answers"),
         ({"data": {"streaming": True}}, "reads all labels first"),
         ({"data": {"packer": "concat"}}, "looks at whole examples"),
-        ({"data": {"overlong": "split"}}, "choose truncate_right, drop or error"),
+        ({"data": {"overlong": "split"}}, "choose one of truncate_right, drop, error"),
         ({"data": {"template": "chatml"}}, "data.template='chatml' would be ignored"),
         ({"data": {"loss_weights": "examples"}}, "an example has one label"),
         ({"peft": {"method": "prefix"}}, "has no place for the head"),

@@ -1,9 +1,11 @@
 """Whole runs of small mixtures of experts: trained, resumed, exported, read again by others."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -28,6 +30,14 @@ CASES = [
     ("qwen2_moe", FULL | {"optim": {"name": "muon"}}, 2),
     ("deepseek_v3", FULL | {"train": {"router_bias_update_rate": 0.01}}, 2),
 ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compiles() -> Iterator[None]:
+    """Compiling takes nearly all of the time of these tests."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def base_folder(folder: Path, family: str) -> Path:
@@ -56,7 +66,7 @@ def tensors(folder: Path) -> dict[str, np.ndarray]:
     return {name: array for part in found for name, array in part.items()}
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.filterwarnings("ignore")  # PEFT warns of the ranks that it makes up itself
 @pytest.mark.parametrize(
     ("family", "sections", "first_steps"),
     [(*CASES[0][:2], 0), *(pytest.param(*case, marks=pytest.mark.slow) for case in CASES)],

@@ -54,7 +54,7 @@ def tagged(fields: dict[str, Any]) -> Tagged:
 
 
 def extractive(fields: dict[str, Any]) -> Extractive:
-    """context, question, and answers: {text, answer_start}, of which the first counts; or none."""
+    """context, question, and answers: {text, answer_start}, the first of which is learnt."""
     question, context = required(fields, "question"), required(fields, "context")
     answers = object_of(parsed(fields.get("answers"), "answers"), "answers")
     texts = items_of(answers, "text", "answers")
@@ -65,4 +65,5 @@ def extractive(fields: dict[str, Any]) -> Extractive:
     start = starts[0] if starts else None
     if type(start) is not int or not answer or context[start : start + len(answer)] != answer:
         raise RowError("answers", f"{answer!r} does not stand at character {start} of the context")
-    return Extractive(question, context, answer, start)
+    others = (text_of(text, f"answers.text[{i}]") for i, text in enumerate(texts[1:], 1))
+    return Extractive(question, context, answer, start, tuple(others))

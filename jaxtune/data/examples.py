@@ -114,13 +114,14 @@ class Tagged:
 class Extractive:
     """A question and the text that holds its answer, `answer`, from character `start` on.
 
-    Without an answer `start` is -1.
+    Without an answer `start` is -1. `others` are answers that are right as well.
     """
 
     question: str
     context: str
     answer: str
     start: int
+    others: tuple[str, ...] = ()
     origin: str = ""
 
 

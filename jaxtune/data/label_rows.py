@@ -3,7 +3,7 @@
 Ids, types and truncation (of the longer text first) are those of a transformers tokenizer called
 with a text, a pair of texts or words. A text is labelled at its first or last token, a word at its
 first token, an answer at the tokens where it starts and ends in its context; without an answer
-these are the first token.
+these are the first token, and so they are in a window that does not hold the answer.
 """
 
 import json
@@ -18,12 +18,25 @@ from jaxtune.data.examples import Classified, Extractive, Labelled, Tagged
 from jaxtune.data.labelling import Labelling
 from jaxtune.data.rows import BadRow, RowError
 from jaxtune.data.table import LABEL, TYPE, Chunk
+from jaxtune.data.windows import windows
 from jaxtune.data.workers import batches_of
 from jaxtune.schema import Data
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
+
+
+class Piece(NamedTuple):
+    """A row of a record.
+
+    Attributes:
+        kept: the tokens of the record's encoding that it has, ascending.
+        marks: which of these are labelled.
+    """
+
+    kept: np.ndarray
+    marks: "Marks"
 
 
 class Marks(NamedTuple):
@@ -33,6 +46,9 @@ class Marks(NamedTuple):
     labels: np.ndarray
 
 
+_NOWHERE = Marks([0], np.ones((1, 2), np.float32))  # no answer: it starts and ends at the first
+
+
 def make_chunks(
     records: Iterator[Labelled | BadRow],
     tokenizer: "PreTrainedTokenizerFast",
@@ -40,13 +56,19 @@ def make_chunks(
     labelling: Labelling,
 ) -> Iterator[Chunk]:
     """Tokenizes records in order; what is too long is cut, dropped or refused (data.overlong)."""
-    backend = _backend(tokenizer, cfg, labelling)
+    backend = backend_of(tokenizer, labelling)
+    if not _has_windows(cfg, labelling):
+        backend.enable_truncation(cfg.max_seq_len, strategy="longest_first")
     for batch in batches_of(records):
         yield _chunk(batch, backend, cfg, labelling)
 
 
-def _backend(tokenizer: "PreTrainedTokenizerFast", cfg: Data, labelling: Labelling) -> "Tokenizer":
-    """A copy of the tokenizer that cuts at max_seq_len, and begins every word as after a space."""
+def _has_windows(cfg: Data, labelling: Labelling) -> bool:
+    return cfg.overlong == "split" and labelling.objective == "question_answering"
+
+
+def backend_of(tokenizer: "PreTrainedTokenizerFast", labelling: Labelling) -> "Tokenizer":
+    """A copy of the tokenizer that neither pads nor cuts, and begins words as after a space."""
     from tokenizers import Tokenizer
 
     state = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -55,7 +77,7 @@ def _backend(tokenizer: "PreTrainedTokenizerFast", cfg: Data, labelling: Labelli
         splitter["add_prefix_space"] = True
     backend = Tokenizer.from_str(json.dumps(state))
     backend.no_padding()
-    backend.enable_truncation(cfg.max_seq_len, strategy="longest_first")
+    backend.no_truncation()
     return backend
 
 
@@ -84,8 +106,11 @@ def _chunk(
         if not marks.places:
             count["untrained"] = 1
             continue
-        rows.append(_row(encoding, marks))
-        owners.append(owner)
+        pieces = _pieces(encoding, marks, cfg, labelling)
+        count["split"] = max(len(pieces) - 1, 0)
+        count["dropped"] += int(not pieces)
+        rows += [_row(encoding, piece) for piece in pieces]
+        owners += [owner] * len(pieces)
     return joined(rows, owners, counts, bad, overlong)._replace(
         types=np.concatenate([np.empty(0, TYPE), *(np.asarray(row.types) for row in rows)]),
         labels=np.concatenate(
@@ -94,11 +119,24 @@ def _chunk(
     )
 
 
-def _row(encoding: Any, marks: Marks) -> TokenRow:
-    trained = np.zeros(len(encoding.ids), bool)
+def _pieces(encoding: Any, marks: Marks, cfg: Data, labelling: Labelling) -> list[Piece]:
+    """The rows of a record: one, or its windows, of which some hold the answer."""
+    if not _has_windows(cfg, labelling):
+        return [Piece(np.arange(len(encoding.ids)), marks)]
+    found = []
+    for kept in windows(encoding, cfg.max_seq_len, cfg.window_overlap):
+        holds = np.isin(marks.places, kept).all()
+        places = np.searchsorted(kept, marks.places).tolist()
+        found.append(Piece(kept, Marks(places, marks.labels) if holds else _NOWHERE))
+    return found
+
+
+def _row(encoding: Any, piece: Piece) -> TokenRow:
+    kept, marks = piece
+    trained = np.zeros(len(kept), bool)
     trained[marks.places] = True
     tokens, types = np.array(encoding.ids, np.int32), np.array(encoding.type_ids, np.uint8)
-    return TokenRow(tokens, trained, types, marks.labels)
+    return TokenRow(tokens[kept], trained, types[kept], marks.labels)
 
 
 def _encoded(
@@ -150,7 +188,7 @@ def _marks(record: Labelled, encoding: Any, labelling: Labelling) -> Marks:
 def _span(record: Extractive, encoding: Any) -> Marks:
     """The tokens where an answer starts and ends."""
     if record.start < 0:
-        return Marks([0], np.ones((1, 2), np.float32))
+        return _NOWHERE
     first, last = record.start, record.start + len(record.answer) - 1
     start, end = (encoding.char_to_token(place, 1) for place in (first, last))
     if start is None or end is None:

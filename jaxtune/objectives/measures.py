@@ -1,6 +1,9 @@
 """What the sums of an objective over held-out rows say."""
 
-from collections.abc import Mapping
+import re
+import string
+from collections import Counter
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -27,6 +30,40 @@ def measures(loss: float, sums: Mapping[str, np.ndarray]) -> dict[str, float]:
     if "moments" in sums:
         found["pearson"] = _pearson(np.asarray(sums["moments"], np.float64) / weight)
     return found
+
+
+def squad(answers: Sequence[str], right: Sequence[Sequence[str]]) -> dict[str, float]:
+    """SQuAD's measures (Rajpurkar et al. 2016, arXiv 1606.05250, 6.1; 1.1's evaluation script).
+
+    Texts are compared in lower case, without punctuation, articles and double spaces; of several
+    right answers the best counts. F1 is that of their words; of an answer that is empty, or should
+    be, 1 if both are.
+
+    Args:
+        answers: one to each question.
+        right: the right ones of each.
+
+    Returns:
+        `exact_match` and `f1`, means from 0 to 1.
+    """
+    exact, overlap = [], []
+    for answer, others in zip(answers, right, strict=True):
+        words, wanted = _words(answer), [_words(other) for other in others]
+        exact.append(any(words == other for other in wanted))
+        overlap.append(max(_f1(words, other) for other in wanted))
+    return {"exact_match": float(np.mean(exact)), "f1": float(np.mean(overlap))}
+
+
+def _words(text: str) -> list[str]:
+    kept = "".join(c for c in text.lower() if c not in string.punctuation)
+    return re.sub(r"\b(a|an|the)\b", " ", kept).split()
+
+
+def _f1(words: Sequence[str], wanted: Sequence[str]) -> float:
+    if not words or not wanted:
+        return float(words == wanted)
+    common = (Counter(words) & Counter(wanted)).total()
+    return 2 * common / (len(words) + len(wanted))
 
 
 def _pearson(means: np.ndarray) -> float:

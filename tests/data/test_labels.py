@@ -105,6 +105,56 @@ def test_answers_are_marked_where_they_start_and_end(
     assert made.stats.truncated == 2 and made.stats.untrained == 1 and len(made.rows) == 1
 
 
+def test_long_contexts_come_in_the_windows_of_transformers(
+    bert_tokenizer: Any, write_rows: Callable[..., str]
+):
+    question, words = "who lives ?", ["a", "b", "c", "anne", "."] * 5
+    context = " ".join(words)
+    answers = [
+        {"text": ["anne . a", "c"], "answer_start": [context.index("anne", 30), 4]},
+        {"text": [], "answer_start": []},
+    ]
+    rows = [{"question": question, "context": context, "answers": a} for a in answers]
+    labelling = Labelling(SPANS, ("start", "end"))
+    cut = {"overlong": "split", "window_overlap": 3}
+    made = loaded(write_rows(rows), bert_tokenizer, labelling, max_seq_len=14, **cut)
+    features = bert_tokenizer(
+        question,
+        context,
+        truncation="only_second",
+        padding=False,
+        max_length=14,
+        stride=3,
+        return_overflowing_tokens=True,
+        return_offsets_mapping=True,
+    )
+    count = len(features["input_ids"])
+    assert len(made.rows) == 2 * count and made.stats.split == 2 * (count - 1)
+    first = answers[0]["answer_start"][0]
+    held = 0
+    for i, row in enumerate(made.rows):
+        assert row.tokens.tolist() == features["input_ids"][i % count]
+        assert row.types.tolist() == features["token_type_ids"][i % count]
+        inside = features.sequence_ids(i % count)
+        offsets = [
+            o if part == 1 else (-1, -1)
+            for o, part in zip(features["offset_mapping"][i % count], inside, strict=True)
+        ]
+        starts = [n for n, (begin, _) in enumerate(offsets) if begin == first]
+        ends = [n for n, (_, end) in enumerate(offsets) if end == first + len("anne . a")]
+        is_here = i < count and starts and ends
+        held += bool(is_here)
+        places = np.flatnonzero(row.trained).tolist()
+        assert places == ([starts[0], ends[0]] if is_here else [0])
+        assert row.labels.tolist() == ([[1, 0], [0, 1]] if is_here else [[1, 1]])
+    assert 0 < held < count
+    assert made.examples[0].others == ("c",)
+    none = loaded(write_rows(rows), bert_tokenizer, labelling, max_seq_len=40, **cut)
+    assert len(none.rows) == 2 and none.stats.split == 0
+    with pytest.raises(DataError, match="2 longer than data.max_seq_len"):
+        loaded(write_rows(rows), bert_tokenizer, labelling, max_seq_len=9, **cut)
+
+
 def test_batches_hold_labels_beside_their_tokens(
     bert_tokenizer: Any, write_rows: Callable[..., str]
 ):

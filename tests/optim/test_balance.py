@@ -9,7 +9,6 @@ import optax
 import pytest
 
 from jaxtune import build, fit, models, optim
-from jaxtune.data import TokenBatch
 from jaxtune.data.batch import TokenRow
 from jaxtune.data.packing import stack_rows
 from jaxtune.errors import ConfigError
@@ -73,11 +72,11 @@ def steps(hf: Any, mesh: Mesh, accumulation: int, count: int) -> list[np.ndarray
     assert {name.rpartition(".")[2] for name in run.loads} == {"correction"}
     values = build.fill_base(run, lambda done, total: None)
     schedule = optax.constant_schedule(0.0)
-    tx = optim.balance(optax.sgd(0.0), run.loads, RATE)
+    tx = optim.balance(optax.sgd(schedule), run.loads, RATE)
     batch = stack_rows(
         [[TokenRow(r.astype(np.int32), np.arange(len(r)) > 0)] for r in rows()], LENGTH
     )
-    batch = TokenBatch(*(x.reshape(accumulation, -1, LENGTH) for x in batch[:4]))
+    batch = jax.tree.map(lambda x: x.reshape(accumulation, -1, LENGTH), batch)
     step = fit._step(run, tx, schedule)
     state, found = build.initial_state(run, tx, values), []
     for _ in range(count):
