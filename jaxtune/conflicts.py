@@ -305,8 +305,7 @@ def _labelled(c: RunConfig) -> list[str]:
     if not c.objective.is_labelled:
         return []
     objective, problems = f"objective.name={c.objective.name}", []
-    has_spans = c.objective.name == "question_answering"
-    if c.eval.exact_match and not has_spans:
+    if c.eval.exact_match and not c.objective.has_spans:
         problems.append(f"config.eval.exact_match: {objective} gives no answers - turn it off")
     if c.data.streaming:
         problems.append(f"config.data.streaming: {objective} reads all labels first - turn it off")
@@ -315,7 +314,7 @@ def _labelled(c: RunConfig) -> list[str]:
             f"config.data: {objective} looks at whole examples - set data.isolated=true and "
             "another data.packer than concat"
         )
-    suited = ("truncate_right", "drop", "error", *(("split",) if has_spans else ()))
+    suited = ("truncate_right", "drop", "error", *(("split",) if c.objective.has_spans else ()))
     if c.data.overlong not in suited:
         problems.append(
             f"config.data.overlong={c.data.overlong} is for conversations and texts, and "
@@ -344,8 +343,6 @@ def _trains_beside(peft: Peft) -> bool:
 def _unread(c: RunConfig) -> list[str]:
     """Fields that were set although another field makes sure that nobody reads them."""
     formats = {item.partition("=")[0] for item in c.quant.format}
-    has_spans = c.objective.name == "question_answering"
-    windows = has_spans and (c.data.overlong == "split" or c.eval.exact_match)
     cuts_source = c.data.overlong in ("truncate_source", "last_rounds")
     only_muon = c.optim.name == "muon" and c.peft.method == "lora" and not _trains_beside(c.peft)
     no_projection = c.optim.name not in PROJECTED
@@ -381,7 +378,7 @@ def _unread(c: RunConfig) -> list[str]:
         (not c.data.streaming, "data", ("shuffle_units",), "needs data.streaming=true"),
         (c.data.on_bad_row == "error", "data", ("max_bad_fraction",), "needs on_bad_row=skip"),
         (c.data.mix == "concatenate", "data", ("weights",), "data.mix=concatenate; see repeats"),
-        (not windows, "data", ("window_overlap",), "only question_answering cuts windows"),
+        (not c.has_windows, "data", ("window_overlap",), "only question_answering cuts windows"),
         (not cuts_source, "data", ("max_source_len",), "data.overlong does not cut prompts"),
         (c.data.streaming, "data", ("mix", "repeats", "max_samples"), "data.streaming reads all"),
         (c.train.num_steps is not None, "train", ("num_epochs",), "train.num_steps decides"),

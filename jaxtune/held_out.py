@@ -76,7 +76,7 @@ class HeldOut:
         if not config.exact_match or self._dataset is None:
             return {}
         self._log.say(f"answering {len(self._rows())} held-out rows ...")
-        finds = self._run.config.objective.name == "question_answering"
+        finds = self._run.config.objective.has_spans
         answers, row = (self._found if finds else self._generated)(trainable)
         self._record(step, row)
         return self._write_samples("answer" if step else "answer_before", answers)

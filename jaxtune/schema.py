@@ -389,8 +389,9 @@ class Data:
     )
     window_overlap: int = _field(
         128,
-        "tokens of the context that a window shares with the one before it (objective.name="
-        "question_answering with overlong=split, and where eval.exact_match looks for answers)",
+        "tokens of the context, half of those in a window at most, that a window shares with the "
+        "one before it (objective.name=question_answering with overlong=split, and where "
+        "eval.exact_match looks for answers)",
         low=0,
     )
     max_source_len: int | None = _field(
@@ -468,6 +469,11 @@ class Objective:
     def is_labelled(self) -> bool:
         """Whether rows have labels instead of answers."""
         return self.name in LABELLED
+
+    @property
+    def has_spans(self) -> bool:
+        """Whether answers are parts of contexts."""
+        return self.name == "question_answering"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -731,6 +737,11 @@ class RunConfig:
     eval: Eval = Eval()
     checkpoint: Checkpoint = Checkpoint()
     log: Log = Log()
+
+    @property
+    def has_windows(self) -> bool:
+        """Whether contexts are read in windows, to train or to find answers."""
+        return self.objective.has_spans and (self.data.overlong == "split" or self.eval.exact_match)
 
 
 def sections() -> dict[str, type]:

@@ -100,7 +100,6 @@ def make_train_step(
     def train_step(state: TrainState, frozen: Params, batch: Any) -> tuple[TrainState, Metrics]:
         accumulation = jax.tree.leaves(batch)[0].shape[0]
         keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step), accumulation)
-
         trainable, active = _begin_turn(state, turns)
         fixed = (frozen, state.in_turn, active)
 
@@ -115,20 +114,18 @@ def make_train_step(
             zeros = _zeros_of(gradient, trainable, fixed, batch, keys)
             (value, sums, grads), _ = jax.lax.scan(micro_step, zeros, (batch, keys))
         weight = jnp.maximum(sums["weight"], 1e-8)
-        counts = {name: grads[name] for name in loads}
-        grads = {name: g / weight for name, g in grads.items() if name not in counts}
+        grads, counts = _mean(grads, weight, loads)
+        norm = optax.tree.norm(grads)
         metrics = {
             "loss": value / weight,
             **({"accuracy": sums["correct"] / weight} if "correct" in sums else {}),
-            "grad_norm": optax.tree.norm(grads),
+            "grad_norm": norm,
             "learning_rate": schedule(_applied_steps(state.opt_state)),
             "tokens": (batch.segment_ids > 0).sum(),
             "targets": sums["weight"],
         }
-        good = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
-        trainable, opt_state = apply(
-            tx, grads | counts, trainable, state.opt_state, good, metrics["grad_norm"]
-        )
+        good = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
+        trainable, opt_state = apply(tx, grads | counts, trainable, state.opt_state, good, norm)
         in_turn = _put_back(state.in_turn, trainable, active)
         bad_steps = jnp.where(good, 0, state.bad_steps + 1)
         metrics |= {"bad_steps": bad_steps, "skipped": ~good}
@@ -148,6 +145,12 @@ def make_eval_step(
         return objective(skeleton.model({**frozen, **trainable}), batch)
 
     return eval_step
+
+
+def _mean(grads: Params, weight: jax.Array, loads: Collection[str]) -> tuple[Params, Params]:
+    """Gradients of the mean loss, and the numbers of tokens as they are."""
+    counts = {name: grads[name] for name in loads}
+    return {name: g / weight for name, g in grads.items() if name not in counts}, counts
 
 
 def _begin_turn(state: TrainState, turns: peft.Turns | None) -> tuple[Params, jax.Array | None]:

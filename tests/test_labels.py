@@ -197,6 +197,7 @@ def test_runs_of_all_objectives(
         ({"model": {"loss_dtype": "bfloat16"}}, "has few logits"),
         ({"objective": {"labels": ("a", "a")}}, "a name stands there twice"),
         ({"objective": {"name": "sft", "labels": ("a",)}}, "objective.name=sft has no classes"),
+        ({"data": {"window_overlap": 9}}, "window_overlap=9 would be ignored"),
         (
             {"objective": {"name": TOKENS, "problem_type": "regression"}},
             "only sequence_classification has several",

@@ -113,7 +113,7 @@ class Block(nnx.Module):
         y, new = self.attn(normed, rope, segments, past, **options)
         x = x + self.attn_post_norm(moved(y, TOKENS, RESIDUAL, mesh))
         normed = moved(self.mlp_norm(x), RESIDUAL, TOKENS, mesh)
-        given = (normed,)
+        given: tuple[Any, ...] = (normed,)
         if isinstance(self.mlp, MoE):
             given = (normed, segments.queries)
             if self.policy.imbalance and past.cache is None:

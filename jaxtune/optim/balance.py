@@ -6,8 +6,6 @@ from typing import Any
 import jax.numpy as jnp
 import optax
 
-from jaxtune.tree import Params
-
 
 def balance(
     tx: optax.GradientTransformation, loads: Collection[str], rate: float
@@ -24,12 +22,12 @@ def balance(
     """
     update_rest = optax.with_extra_args_support(tx).update
 
-    def update(grads: Params, state: Any, params: Any = None, **extra: Any) -> tuple[Params, Any]:
-        own = {name: grads[name] for name in grads if name in loads}
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+        own = {name: updates[name] for name in updates if name in loads}
         zeros = {name: jnp.zeros_like(load) for name, load in own.items()}
-        updates, state = update_rest(grads | zeros, state, params, **extra)
-        steps = {name: rate * _towards_even(load) for name, load in own.items()}
-        return updates | steps, state
+        steps: Any
+        steps, state = update_rest(updates | zeros, state, params, **extra)
+        return steps | {name: rate * _towards_even(load) for name, load in own.items()}, state
 
     return optax.GradientTransformationExtraArgs(tx.init, update)
 
