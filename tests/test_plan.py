@@ -173,3 +173,28 @@ def test_stages_compile_for_tpus_with_their_kernels(tmp_path: Path):
     )
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout)["mesh"]["stage"] == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_experts_compile_for_tpus_and_cost_what_is_chosen(tmp_path: Path, method: str):
+    pytest.importorskip("libtpu", reason="compiles for TPUs with libtpu")
+    sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 4}
+    sizes |= {"head_dim": 128, "vocab_size": 2048, "num_local_experts": 16}
+    (tmp_path / "config.json").write_text(json.dumps(models.sized("mixtral", "8x7b") | sizes))
+    result = planned(
+        f"--config.model.path={tmp_path}",
+        "--config.model.tokenizer=none",
+        f"--config.peft.method={method}",
+        "--config.data.max_seq_len=512",
+        "--config.model.remat=full",
+        "--config.train.micro_batch_size=4",
+        "--config.mesh.expert=2",
+        "--config.mesh.fsdp=2",
+        "--topology=v5e:2x2",
+        "--json",
+    )
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout)
+    # Forward twice and backward; a gradient of all experts would cost eight times the chosen ones'.
+    assert found["flops"] * found["devices"] < 2.2 * found["model_tflop"] * 1e12

@@ -27,6 +27,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
+class Marks(NamedTuple):
+    """Which tokens of a row are labelled, ascending, and with what, float32 [M, C]."""
+
+    places: list[int]
+    labels: np.ndarray
+
+
 class Piece(NamedTuple):
     """A row of a record.
 
@@ -36,14 +43,7 @@ class Piece(NamedTuple):
     """
 
     kept: np.ndarray
-    marks: "Marks"
-
-
-class Marks(NamedTuple):
-    """Which tokens of a row are labelled, ascending, and with what, float32 [M, C]."""
-
-    places: list[int]
-    labels: np.ndarray
+    marks: Marks
 
 
 _NOWHERE = Marks([0], np.ones((1, 2), np.float32))  # no answer: it starts and ends at the first

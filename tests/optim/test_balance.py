@@ -36,19 +36,21 @@ def loads(hf: Any) -> np.ndarray:
     """Tokens of each expert in transformers' model, [layers with experts, E]."""
     import torch
 
+    tokens = np.zeros((ROWS, LENGTH), np.int64)
+    is_token = np.arange(LENGTH) < np.array([[len(row)] for row in rows()])
+    tokens[is_token] = np.concatenate(rows())
     gates = [layer.mlp.gate for layer in hf.model.layers[1:]]
     found = np.zeros((len(gates), FIELDS["n_routed_experts"]))
 
     def count(i: int) -> Any:
         def hook(gate: Any, given: Any, result: tuple) -> None:
-            np.add.at(found[i], result[2].numpy().ravel(), 1)
+            np.add.at(found[i], result[2].numpy()[is_token.ravel()].ravel(), 1)
 
         return hook
 
     hooks = [gate.register_forward_hook(count(i)) for i, gate in enumerate(gates)]
     with torch.no_grad():
-        for tokens in rows():
-            hf(torch.tensor(tokens)[None])
+        hf(torch.tensor(tokens))  # padding stands behind what sees it
     for hook in hooks:
         hook.remove()
     return found
