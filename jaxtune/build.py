@@ -86,7 +86,7 @@ def describe(config: RunConfig, mesh: Mesh, checkpoint: Checkpoint) -> Run:
 
 def _not_in_peft(run: Run) -> str | None:
     """Why PEFT would compute something else with the run's new adapter, if it would."""
-    if run.adapters is None or run.imported or peft.is_prompt(run.adapters.method):
+    if run.adapters is None or run.imported or peft.fills_one_slot(run.adapters.method):
         return None
     weights = run.family.weights(run.model_config)
     if is_apart(run.adapters, weights):
@@ -189,7 +189,7 @@ def _adapters(
     shapes = base.abstract()
     if config.adapter is None:
         adapters = peft.choose_adapters(base.model(shapes), config)
-        if not peft.is_prompt(config.method):
+        if not peft.fills_one_slot(config.method):
             require_supported(adapters, shapes, weights, stacks)
             places_beside(adapters, shapes, weights, stacks)  # refuses what cannot be exported
         return None, adapters

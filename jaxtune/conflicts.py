@@ -2,8 +2,9 @@
 
 import re
 
+from jaxtune import weightless
 from jaxtune.errors import nearest
-from jaxtune.schema import FETCHING, PROMPTS, QUANT_FORMATS, Peft, Quant, RunConfig
+from jaxtune.schema import FETCHING, QUANT_FORMATS, WEIGHTLESS, Peft, Quant, RunConfig
 
 # Methods that train the model's own weights.
 WHOLE = ("full", "freeze", "bitfit", "llama_pro", "lisa", "badam")
@@ -76,7 +77,7 @@ def contradictions(config: RunConfig) -> list[str]:
             "which is 0 - set both"
         )
     problems += _bad_data(c)
-    problems += _prompts(c) + _groups(c) + _labelled(c) + _unread(c)
+    problems += weightless.contradictions(c) + _groups(c) + _labelled(c) + _unread(c)
     axes = c.mesh.axes()
     problems += [f"config.mesh.{name}=0: must be -1 or >= 1" for name, n in axes.items() if n == 0]
     if list(axes.values()).count(-1) > 1:
@@ -240,66 +241,6 @@ def _groups(c: RunConfig) -> list[str]:
     return problems
 
 
-def _prompts(c: RunConfig) -> list[str]:
-    """Options that do not go with a prefix or prompt, or with the way it starts."""
-    peft, problems = c.peft, []
-    if peft.method not in PROMPTS:
-        return problems
-    starts = {"prefix": ("random", "zero"), "prompt": ("random", "vocab", "text")}
-    allowed = starts.get(peft.method, ("random",))
-    if peft.prompt_init not in allowed:
-        problems.append(
-            f"config.peft.prompt_init={peft.prompt_init} is not for peft.method={peft.method} - "
-            f"choose {' or '.join(allowed)}"
-        )
-    if (peft.prompt_init == "text") != bool(peft.prompt_init_text):
-        problems.append("config.peft: prompt_init=text and prompt_init_text need each other")
-    if c.checkpoint.export_merged:
-        problems.append(
-            f"config.checkpoint.export_merged: peft.method={peft.method} changes no weights, so "
-            "there is nothing to merge - turn it off"
-        )
-    if peft.method == "prefix":
-        return problems + _prefix(c)
-    if peft.num_virtual_tokens > c.data.max_seq_len // 2:
-        problems.append(
-            f"config.peft.num_virtual_tokens={peft.num_virtual_tokens} takes more than half of "
-            f"data.max_seq_len={c.data.max_seq_len} - raise that, or use fewer"
-        )
-    if c.data.streaming:
-        problems.append(
-            f"config.data.streaming has no room for the virtual tokens of "
-            f"peft.method={peft.method} - turn it off, or use peft.method=prefix"
-        )
-    if c.data.cuts_examples or not c.data.isolated:
-        problems.append(
-            f"config.peft.method={peft.method} begins every example with virtual tokens - set "
-            "data.isolated=true and another data.packer than concat"
-        )
-    return problems
-
-
-def _prefix(c: RunConfig) -> list[str]:
-    """What does not go with keys and values before those of every layer."""
-    problems = []
-    if c.model.attention in ("splash", "cudnn"):
-        problems.append(
-            f"config.model.attention={c.model.attention} has no keys that all tokens see, which "
-            "peft.method=prefix adds - leave it at auto"
-        )
-    if c.mesh.sequence != 1:
-        problems.append(
-            f"config.mesh.sequence={c.mesh.sequence} cuts rows of tokens, before which "
-            "peft.method=prefix puts others - use mesh.fsdp, or peft.method=prompt"
-        )
-    if c.train.attention_group:
-        problems.append(
-            "config.train.attention_group: a prefix is outside of all groups - set it to 0, or "
-            "use peft.method=lora"
-        )
-    return problems
-
-
 def _labelled(c: RunConfig) -> list[str]:
     """What does not go with rows that have labels instead of answers."""
     if not c.objective.is_labelled:
@@ -320,7 +261,7 @@ def _labelled(c: RunConfig) -> list[str]:
             f"config.data.overlong={c.data.overlong} is for conversations and texts, and "
             f"{objective} has rows with labels - choose one of {', '.join(suited)}"
         )
-    if c.peft.method in (*PROMPTS, "tokens"):
+    if c.peft.method in (*WEIGHTLESS, "tokens"):
         problems.append(
             f"config.peft.method={c.peft.method} has no place for the head that {objective} trains "
             "- choose lora, or another method that changes weights"

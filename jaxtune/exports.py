@@ -10,7 +10,7 @@ from jaxtune import peft, residual
 from jaxtune.build import Run, adapter_variables, quantized_kernels
 from jaxtune.checkpoint.adapted import require_mergeable
 from jaxtune.checkpoint.adapter import save_adapter
-from jaxtune.checkpoint.adapter_prompt import save_prompt
+from jaxtune.checkpoint.adapter_slot import save_slot
 from jaxtune.checkpoint.hf_save import save_model
 from jaxtune.distributed import to_host
 from jaxtune.models.heads import TASKS, head_of
@@ -21,9 +21,9 @@ from jaxtune.tree import Params
 def write_adapter(run: Run, params: Params, folder: Path) -> None:
     """Writes the adapter of a run that has one as a PEFT folder."""
     assert run.adapters is not None
-    if peft.is_prompt(run.adapters.method):
+    if peft.fills_one_slot(run.adapters.method):
         base, revision = run.checkpoint.name, run.config.model.revision
-        save_prompt(folder, _table(run, params), run.adapters, base=base, revision=revision)
+        save_slot(folder, _stored(run, params), run.adapters, base=base, revision=revision)
         return
     adapters, params = residual.on_original(run, params)
     if adapters.method == "adalora":
@@ -43,14 +43,14 @@ def write_adapter(run: Run, params: Params, folder: Path) -> None:
     )
 
 
-def _table(run: Run, params: Params) -> np.ndarray:
-    """The prompt as PEFT stores it, made by its network if it has one."""
+def _stored(run: Run, params: Params) -> dict[str, np.ndarray]:
+    """What a folder holds of a slot's content, made by its network if it has one."""
     assert run.adapters is not None
     method = peft.METHODS[run.adapters.method]
     shapes = run.skeleton.abstract()
     own = {name: params[name] for name in adapter_variables(run.skeleton)}
-    table = jax.jit(lambda own: method.table(run.skeleton.model(shapes | own)))(own)
-    return to_host(table).astype(np.float32, copy=False)
+    found = jax.jit(lambda own: method.stored(run.skeleton.model(shapes | own)))(own)
+    return {name: to_host(found[name]).astype(np.float32, copy=False) for name in sorted(found)}
 
 
 def write_merged(

@@ -17,7 +17,7 @@ DATA_FORMATS = (
 )
 # Objectives that learn labels, with a head of their own.
 LABELLED = ("sequence_classification", "token_classification", "question_answering")
-PROMPTS = ("prefix", "prompt", "p_tuning")  # methods that change no weights
+WEIGHTLESS = ("prefix", "prompt", "p_tuning", "reft")  # methods that change no weights
 QUANT_FORMATS = ("int8", "int8_block", "int4", "nf4", "fp4")
 
 
@@ -137,12 +137,13 @@ class Peft:
         "matrices; loha, lokr: products of small matrices; adalora: ranks where they matter; vera: "
         "vectors around random matrices; ia3: factors of activations; oft: rotations; prefix: keys "
         "and values before those of every layer; prompt: virtual tokens before every example; "
-        "p_tuning: those of a network; tokens: single rows of the embedding; full: every "
-        "parameter; freeze: the last or first layers; bitfit: the biases; llama_pro: new layers "
+        "p_tuning: those of a network; reft: edits of hidden states at some tokens of the prompt; "
+        "tokens: single rows of the embedding; full: every parameter; "
+        "freeze: the last or first layers; bitfit: the biases; llama_pro: new layers "
         "between the old ones; lisa, badam: a few layers at a time",
         choices=(
             *("lora", "dora", "moslora", "mora", "loha", "lokr", "adalora", "vera", "ia3", "oft"),
-            *("prefix", "prompt", "p_tuning", "tokens"),
+            *("prefix", "prompt", "p_tuning", "reft", "tokens"),
             *("full", "freeze", "bitfit", "llama_pro", "lisa", "badam"),
         ),
     )
@@ -259,6 +260,19 @@ class Peft:
     prefix_projection: bool = _field(
         False, "make the prefix by a network while it is trained; false: P-tuning v2"
     )
+    reft_form: str = _field(
+        "loreft",
+        "how hidden states h are edited (reft): loreft h + R^T (W h + b - R h) with orthonormal "
+        "rows of R, direft h + R^T (W h + b), noreft as loreft with any R",
+        choices=("loreft", "direft", "noreft"),
+    )
+    reft_first_tokens: int = _field(
+        1, "first tokens of a prompt that are edited, at most half of it (reft)", low=0
+    )
+    reft_last_tokens: int = _field(
+        1, "last tokens of a prompt that are edited, at most half of it (reft)", low=0
+    )
+    reft_shared: bool = _field(False, "one set of weights for first and last tokens (reft)")
     encoder: str = _field("mlp", "network of p_tuning", choices=("mlp", "lstm"))
     encoder_hidden_size: int | None = _field(
         None,

@@ -13,7 +13,7 @@ from jaxtune.checkpoint.tensors import Checkpoint
 from jaxtune.distributed import to_host
 from jaxtune.errors import ConfigError
 from jaxtune.models.base import Weight
-from jaxtune.peft import Adapters, is_prompt, module_of
+from jaxtune.peft import Adapters, fills_one_slot, module_of
 from jaxtune.quant import QArray
 
 
@@ -24,7 +24,7 @@ def require_mergeable(adapters: Adapters, names: Container[str]) -> None:
         adapters: what is attached.
         names: of the base's parameters.
     """
-    if is_prompt(adapters.method):
+    if fills_one_slot(adapters.method):
         raise ConfigError(
             f"peft.method={adapters.method} changes no weights, so there is nothing to merge - "
             "use the adapter folder"

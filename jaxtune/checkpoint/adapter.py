@@ -30,7 +30,7 @@ from jaxtune.checkpoint.adapter_config import (
 )
 from jaxtune.checkpoint.adapter_file import header, read_tensors, require_same
 from jaxtune.checkpoint.adapter_layers import read_adapters
-from jaxtune.checkpoint.adapter_prompt import read_prompt
+from jaxtune.checkpoint.adapter_slot import read_slot
 from jaxtune.checkpoint.adapter_start import on_whole_base
 from jaxtune.checkpoint.folder import replace_folder
 from jaxtune.checkpoint.fused import (
@@ -50,7 +50,7 @@ from jaxtune.checkpoint.tensors import Checkpoint, TensorInfo
 from jaxtune.distributed import to_device, to_host
 from jaxtune.errors import ConfigError
 from jaxtune.models.base import Weight
-from jaxtune.peft import METHODS, Adapters, is_prompt, tokens
+from jaxtune.peft import METHODS, Adapters, fills_one_slot, tokens
 from jaxtune.peft.base import EMBEDDING, Tensor, common, padded, shapes
 from jaxtune.peft.split import AGAIN
 
@@ -219,9 +219,9 @@ def load_adapter(
             started as a part of it.
     """
     method, fields = read_config(folder)
-    if is_prompt(method):
-        prompt = read_prompt(method, fields, header(folder), base_params, stacks)
-        return Adapter(*prompt, _warnings(folder, fields, base.name))
+    if fills_one_slot(method):
+        found = read_slot(folder, method, fields, base_params, stacks)
+        return Adapter(*found, _warnings(folder, fields, base.name))
     adapters = read_adapters(folder, base_params, weights, stacks)
     require_supported(adapters, base_params, weights, stacks)
     adapted = wholes(adapters, weights, stacks)

@@ -154,7 +154,7 @@ def generate(
 def score(
     skeleton: Skeleton, params: Mapping[str, Any], tokens: np.ndarray, mask: np.ndarray
 ) -> np.ndarray:
-    """Logits of every token (virtual ones left out), without a cache.
+    """Logits of every token (virtual ones left out), without a cache; all of them are the prompt.
 
     Args:
         skeleton, params: as for `generate`.
@@ -194,9 +194,10 @@ def _start(
     num_rows, prompt_slots = batch.tokens.shape
     cache = _cache_maker(program, num_rows, prompt_slots + batch.new_slots)()
     pad, logits = program.put(batch.pad), None
+    prompts = program.put(prompt_slots - batch.pad[:, None])
     for start in range(0, prompt_slots, PIECE):
         piece = program.put(batch.tokens[:, start : start + PIECE])
-        logits, cache = _read(program, params, cache, piece, pad)
+        logits, cache = _read(program, params, cache, piece, pad, prompts)
     assert logits is not None  # no prompt is empty
     indices = np.zeros(num_rows, np.int32)
     indices[: len(batch.indices)] = batch.indices
@@ -254,13 +255,21 @@ def advance(rows: Rows, logits: jax.Array, sampling: Sampling, eos: jax.Array) -
 
 
 def _forward(
-    program: _Program, params: Mapping[str, Any], cache: KVCache, tokens: jax.Array, pad: jax.Array
+    program: _Program,
+    params: Mapping[str, Any],
+    cache: KVCache,
+    tokens: jax.Array,
+    pad: jax.Array,
+    prompts: jax.Array | None = None,
 ) -> tuple[jax.Array, KVCache]:
-    """Logits [B, V] after the last of tokens [B, T], which are appended to the cache."""
+    """Logits [B, V] after the last of tokens [B, T], which are appended to the cache.
+
+    Of prompts `prompts` are the lengths [B, 1]; None: the tokens are new ones.
+    """
     model = program.skeleton.model(params)
     positions = cache.length + jnp.arange(tokens.shape[1]) - pad[:, None]
     segment_ids = (positions >= 0).astype(jnp.int32)
-    hidden, cache = model.hidden(tokens, jnp.maximum(positions, 0), segment_ids, cache)
+    hidden, cache = model.hidden(tokens, jnp.maximum(positions, 0), segment_ids, cache, prompts)
     return model.logits(hidden[:, -1]), cache
 
 
@@ -270,7 +279,8 @@ def _score(
 ) -> jax.Array:
     model = program.skeleton.model(params)
     positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
-    hidden, _ = model.hidden(tokens, positions, mask.astype(jnp.int32))
+    prompts = mask.sum(axis=1, keepdims=True)
+    hidden, _ = model.hidden(tokens, positions, mask.astype(jnp.int32), prompts=prompts)
     return model.logits(hidden)
 
 

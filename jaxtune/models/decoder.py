@@ -23,7 +23,7 @@ from jaxtune.nn.linear import Linear
 from jaxtune.nn.norm import NORMS
 from jaxtune.nn.params import Policy
 from jaxtune.nn.rope import rope_table
-from jaxtune.nn.stack import make_stacks, scan_layers, stack_sizes
+from jaxtune.nn.stack import by_stack, make_stacks, scan_layers, stack_sizes
 from jaxtune.sharding.rules import (
     OUTER_RESIDUAL,
     OUTER_TOKENS,
@@ -60,8 +60,11 @@ class Decoder(nnx.Module):
     """Tokens in, hidden states or logits out.
 
     The slot `prefix` holds None or a module that gives the keys and values [L, P, K*H] which all
-    tokens see in each of the L layers. With an `attention_group` above 0, which a training step
-    sets, half of the heads attend in groups of so many tokens, the others in shifted ones.
+    tokens see in each of the L layers. The slot `edit` holds None or a module that edits the
+    outputs of layers at some tokens of prompts: `places` says at which, `values` gives a tree of
+    arrays [L, ...], and it is called with an output, its layer's values and the places. With an
+    `attention_group` above 0, which a training step sets, half of the heads attend in groups of so
+    many tokens, the others in shifted ones.
     """
 
     def __init__(
@@ -103,6 +106,7 @@ class Decoder(nnx.Module):
                 *shape, axes=("embed", "vocab"), policy=policy, rngs=rngs, bias=c.head_bias
             )
         self.prefix: Any = nnx.data(None)
+        self.edit: Any = nnx.data(None)
         self.attention_group = 0
 
     @property
@@ -122,6 +126,7 @@ class Decoder(nnx.Module):
         positions: jax.Array,
         segment_ids: jax.Array | None,
         cache: KVCache | None = None,
+        prompts: jax.Array | None = None,
     ) -> tuple[jax.Array, KVCache | None]:
         """Normalised outputs of the last layer; see `hidden_and_new`.
 
@@ -129,13 +134,17 @@ class Decoder(nnx.Module):
             [B, T, D] in the compute dtype, followed by a one if the head has a bias, and the new
             cache.
         """
-        return self.hidden_and_new(tokens, positions, segment_ids, cache)[:2]
+        return self.hidden_and_new(tokens, positions, segment_ids, cache, prompts)[:2]
 
     def hidden_and_imbalance(
-        self, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array | None
+        self,
+        tokens: jax.Array,
+        positions: jax.Array,
+        segment_ids: jax.Array | None,
+        prompts: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
         """`hidden`, and the mean over layers of `MoE.imbalance`, float32 [B, T]."""
-        x, _, new = self.hidden_and_new(tokens, positions, segment_ids, None)
+        x, _, new = self.hidden_and_new(tokens, positions, segment_ids, None, prompts)
         return x, jnp.concatenate([found for found in new if found is not None]).mean(axis=0)
 
     def hidden_and_new(
@@ -144,6 +153,7 @@ class Decoder(nnx.Module):
         positions: jax.Array,
         segment_ids: jax.Array | None,
         cache: KVCache | None,
+        prompts: jax.Array | None,
     ) -> tuple[jax.Array, KVCache | None, list[Any]]:
         """Runs the layers.
 
@@ -153,17 +163,23 @@ class Decoder(nnx.Module):
             segment_ids: int32 [B, T]; tokens see earlier tokens of their own segment only.
                 None: each row is one segment (not with a cache).
             cache: keys and values of earlier tokens; the new ones are appended.
+            prompts: int32 [B, T] or [B, 1], how many tokens of each token's example are its prompt,
+                for the slot `edit`; None: these tokens are in no prompt.
 
         Returns:
             What `hidden` does, and what the layers of each stack gave besides.
         """
         segments, past = Segments(segment_ids, segment_ids), [Past() for _ in self.stacks]
-        slots = None
+        slots = places = None
+        if self.edit is not None and prompts is not None:
+            places = self.edit.places(positions, prompts)
+            past = [Past(edit=found) for found in by_stack(self.edit.values(), self.stacks)]
         if self.attention_group:
             segments = shifted_groups(positions, self.attention_group)
         if self.prefix is not None:
             positions = positions + self.prefix.length
-            past = [Past(prefix=found) for found in self._prefixes()]
+            found = zip(past, self._prefixes(), strict=True)
+            past = [known._replace(prefix=prefix) for known, prefix in found]
         ropes = list(dict.fromkeys(kind.rope for kind in self.config.layer_kinds if kind.rope))
         tables = tuple(rope_table(positions, rope) for rope in ropes)
         if cache is not None:
@@ -175,14 +191,15 @@ class Decoder(nnx.Module):
         def apply(
             block: Any, kind: LayerKind, x: jax.Array, rows: tuple, past: Past
         ) -> tuple[jax.Array, Any]:
-            tables, segments, slots = rows
+            tables, segments, slots, places = rows
             table = None if kind.rope is None else tables[ropes.index(kind.rope)]
-            return block(x, table, segments, past, slots=slots, window=kind.window)
+            x, new = block(x, table, segments, past, slots=slots, window=kind.window)
+            return x if past.edit is None else self.edit(x, past.edit, places), new
 
         x = constrained(
             self._embedded(tokens, positions, segment_ids), OUTER_RESIDUAL, self.policy.mesh
         )
-        rows = (tables, segments, slots)
+        rows = (tables, segments, slots, places)
         kinds = self.config.layer_kinds
         x, new = scan_layers(self.layers, x, rows, apply, past, self.policy, kinds)
         if cache is not None and segment_ids is not None:

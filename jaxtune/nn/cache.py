@@ -1,8 +1,8 @@
-"""Keys and values from before a layer's tokens: a prefix, and the cache of earlier tokens."""
+"""What a layer is given besides its tokens: a prefix, the cache of earlier tokens, an edit."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,10 +19,12 @@ class Past(NamedTuple):
         prefix: keys and values [P, K, H] that every query sees, whatever its segment and without
             rotation; None: there are none.
         cache: keys and values [B, K, S, H] of earlier tokens; None: there are none.
+        edit: with what the layer's output is edited; None: it is not.
     """
 
     prefix: KeysValues | None = None
     cache: KeysValues | None = None
+    edit: Any = None
 
 
 @jax.tree_util.register_dataclass

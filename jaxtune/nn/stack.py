@@ -47,6 +47,15 @@ def stack_sizes(num_layers: int, policy: Policy, kinds: Sequence[Any] = ()) -> t
     return tuple(sizes)
 
 
+def by_stack(values: Any, stacks: Sequence[int]) -> list[Any]:
+    """A tree of arrays over all layers [L, ...], cut into one of each stack's layers."""
+    ends = itertools.accumulate(stacks)
+    return [
+        jax.tree.map(lambda leaf, part=slice(end - size, end): leaf[part], values)
+        for size, end in zip(stacks, ends, strict=True)
+    ]
+
+
 def period(kinds: Sequence[Any]) -> int:
     """After how many layers their kinds repeat; all of them if they do not, 1 if there are none."""
     lengths = range(1, len(kinds))

@@ -34,7 +34,9 @@ def sft(
         that have the largest logit).
     """
     given = (batch.tokens, batch.positions, batch.segment_ids)
-    hidden, uneven = (model.hidden_and_imbalance if imbalance else model.hidden)(*given)
+    prompts = None if model.edit is None else _prompts(batch)
+    forward = model.hidden_and_imbalance if imbalance else model.hidden
+    hidden, uneven = forward(*given, prompts=prompts)
     # Output t predicts token t + 1; the last column has no target.
     targets = jnp.roll(batch.tokens, -1, axis=1)
     weights = jnp.roll(batch.weights, -1, axis=1).at[:, -1].set(0.0)
@@ -53,6 +55,17 @@ def sft(
     if imbalance:
         loss += imbalance * (weights * uneven).sum()
     return loss, {"weight": weights.sum(), "correct": correct}
+
+
+def _prompts(batch: Any) -> jax.Array:
+    """Tokens of each token's example before the first that is trained: int32 [B, T]."""
+    length = batch.tokens.shape[1]
+    first = jnp.where(batch.weights > 0, batch.positions, length)
+
+    def of_row(ids: jax.Array, first: jax.Array) -> jax.Array:
+        return jax.ops.segment_min(first, ids, num_segments=length + 1)[ids]
+
+    return jax.vmap(of_row)(batch.segment_ids, first)
 
 
 def _shardings(

@@ -41,6 +41,7 @@ from jaxtune.peft import (
     patterns,
     prefix,
     prompt,
+    reft,
     tokens,
     vera,
 )
@@ -60,9 +61,9 @@ __all__ = [
     "choose",
     "choose_adapters",
     "continued",
+    "fills_one_slot",
     "initial_value",
     "is_adapter",
-    "is_prompt",
     "layer_names",
     "linears",
     "module_of",
@@ -94,6 +95,7 @@ METHODS: Mapping[str, Any] = MappingProxyType(
         "prefix": prefix,
         "prompt": prompt,
         "p_tuning": p_tuning,
+        "reft": reft,
         "full": full,
         "freeze": freeze,
         "bitfit": bitfit,
@@ -112,8 +114,8 @@ def is_adapter(method: str) -> bool:
     return hasattr(METHODS[method], "attach")
 
 
-def is_prompt(method: str) -> bool:
-    """Whether the method puts a prompt into a slot of the whole model."""
+def fills_one_slot(method: str) -> bool:
+    """Whether the method fills a slot of the whole model, not one of each adapted layer."""
     return hasattr(METHODS[method], "SLOT")
 
 
@@ -155,7 +157,7 @@ def choose_adapters(model: Any, section: Any) -> Adapters:
     """
     method = METHODS[section.method]
     config = _options(section, method.READS[0])
-    if is_prompt(section.method):
+    if fills_one_slot(section.method):
         return Adapters(section.method, config, {method.SLOT: (config,)})
     chosen = choose(model, _options(section, Targets)) if Targets in method.READS else {}
     if EMBEDDING in chosen and not hasattr(method, "ON_EMBEDDING"):
@@ -337,14 +339,14 @@ def initial_value(
         shape: [n, ...] for a layer in a stack of n.
         adapters: the method and the adapted layers.
         stacks: sizes of the model's stacks.
-        seed: with the layer's name, the seed of the random numbers.
+        seed: with the name of the layer, or of a slot's variable, that of the random numbers.
     """
     path = next(path for path in adapters.choice if name.startswith(f"{path}."))
     leaf = name.removeprefix(f"{path}.").removeprefix("adapter.")
     method, configs = module_of(adapters, path), adapters.choice[path]
     if leaf in getattr(method, "SHARED", ()):
         return method.initial(leaf, shape, common(configs), np.random.default_rng(seed))
-    names = layer_names(path, stacks)
+    names = layer_names(name if fills_one_slot(adapters.method) else path, stacks)
     stacked = names[0][0] is not None
     values = []
     for (_, layer), config in zip(names, configs, strict=True):

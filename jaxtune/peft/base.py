@@ -42,13 +42,14 @@ where it needs them
     penalty       a model -> what is added to the mean loss while training
     SHARED        names of variables that have no layer axis (`SharedConstant`)
 
-or one that puts a prompt into a slot of the whole model
+or one that fills a slot of the whole model
 
-    SLOT       path of the slot, the one entry of its `Choice`
-    table      a model -> the prompt, as the one tensor that PEFT stores
-    columns    of that tensor, by the base's parameters
-    from_table the inverse: variables of the slot, of the method FINISHED, which has no network
-    PEFT       as above
+    SLOT        path of the slot, the one entry of its `Choice`
+    stored      a model -> what a folder holds: {name: array}
+    sizes       the knobs, the base's parameters, number of layers -> the shapes of that
+    from_stored the inverse of `stored`: variables of the slot, of the method FINISHED, which has no
+                network
+    PEFT        as above
 
 Variables that train are `AdapterParam`, others `AdapterConstant`; those of a stack of layers have
 a leading axis. Layers of a stack that are not adapted have a constant of 0 which makes them the
@@ -263,6 +264,8 @@ class LowRank(Dropping):
         noisy = dropped(x, self.dropout, self.key)
         return linear.project(x) + linear.low_rank(noisy, a, b)
 
+
+PROMPT = "prompt_embeddings"  # the one tensor of a prompt's folder
 
 # What PEFT writes of the model for every prompt, and finds out itself where it is missing.
 PROMPT_DEFAULTS = {

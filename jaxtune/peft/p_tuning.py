@@ -93,7 +93,7 @@ def initial(
     return encoders.initial(leaf.rsplit(".", 1)[-1], shape, rng)
 
 
-table, columns = prompt.table, prompt.columns
+stored = prompt.stored
 
 
 PEFT = Format(

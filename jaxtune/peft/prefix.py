@@ -27,6 +27,7 @@ from jaxtune.nn.cache import KeysValues
 from jaxtune.nn.params import AdapterParam
 from jaxtune.peft import encoders
 from jaxtune.peft.base import (
+    PROMPT,
     PROMPT_DEFAULTS,
     PROMPT_IGNORED,
     Adapters,
@@ -118,21 +119,26 @@ def initial(
     return rng.standard_normal(shape, np.float32)
 
 
-def table(model: Any) -> jax.Array:
+def stored(model: Any) -> dict[str, jax.Array]:
     """PEFT's `prompt_embeddings` [P, L * 2 * K*H]: of each layer the keys, then the values."""
     keys_values = jnp.stack(model.prefix(), axis=1)  # [L, 2, P, K*H]
-    return keys_values.transpose(2, 0, 1, 3).reshape(keys_values.shape[2], -1)
+    return {PROMPT: keys_values.transpose(2, 0, 1, 3).reshape(keys_values.shape[2], -1)}
 
 
-def columns(base_params: Mapping[str, Any], num_layers: int) -> int:
-    """L * 2 * K*H."""
+def sizes(
+    config: Config, base_params: Mapping[str, Any], num_layers: int
+) -> dict[str, tuple[int, ...]]:
+    """The shape of that."""
     found = (x.shape[-1] for name, x in base_params.items() if name.endswith("k_proj.kernel"))
-    return 2 * num_layers * next(found, 0)
+    return {PROMPT: (config.num_virtual_tokens, 2 * num_layers * next(found, 0))}
 
 
-def from_table(array: np.ndarray, num_layers: int) -> dict[str, np.ndarray]:
-    """The variables of the slot, without projection, of which `array` is the table."""
-    keys, values = array.reshape(len(array), num_layers, 2, -1).transpose(2, 1, 0, 3)
+def from_stored(
+    arrays: Mapping[str, np.ndarray], config: Config, num_layers: int
+) -> dict[str, np.ndarray]:
+    """The variables of the slot, without projection."""
+    table = arrays[PROMPT].reshape(config.num_virtual_tokens, num_layers, 2, -1)
+    keys, values = table.transpose(2, 1, 0, 3)
     return {"keys": keys, "values": values}
 
 

@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 
 from jaxtune.nn.params import AdapterParam
 from jaxtune.peft.base import (
+    PROMPT,
     PROMPT_DEFAULTS,
     PROMPT_IGNORED,
     Adapters,
@@ -87,21 +88,25 @@ def start_ids(
     return np.resize(np.asarray(encode(config.prompt_init_text)), config.num_virtual_tokens)
 
 
-def table(model: Any) -> jax.Array:
+def stored(model: Any) -> dict[str, jax.Array]:
     """PEFT's `prompt_embeddings` [P, D]."""
-    return model.embed.prompt()
+    return {PROMPT: model.embed.prompt()}
 
 
-def columns(base_params: Mapping[str, Any], num_layers: int) -> int:
-    """D."""
+def sizes(
+    config: Any, base_params: Mapping[str, Any], num_layers: int
+) -> dict[str, tuple[int, ...]]:
+    """The shape of that."""
     del num_layers
-    return base_params["embed.table"].shape[-1]
+    return {PROMPT: (config.num_virtual_tokens, base_params["embed.table"].shape[-1])}
 
 
-def from_table(array: np.ndarray, num_layers: int) -> dict[str, np.ndarray]:
-    """The variable of the slot of which `array` is the table."""
-    del num_layers
-    return {"table": array}
+def from_stored(
+    arrays: Mapping[str, np.ndarray], config: Config, num_layers: int
+) -> dict[str, np.ndarray]:
+    """The variable of the slot."""
+    del config, num_layers
+    return {"table": arrays[PROMPT]}
 
 
 PEFT = Format(

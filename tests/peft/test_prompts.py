@@ -14,7 +14,7 @@ import jaxtune
 from jaxtune import objectives, tree
 from jaxtune.checkpoint.adapter import load_adapter
 from jaxtune.checkpoint.adapter_file import WEIGHTS_FILE
-from jaxtune.checkpoint.adapter_prompt import save_prompt
+from jaxtune.checkpoint.adapter_slot import save_slot
 from jaxtune.checkpoint.safetensors import read_header, read_tensor
 from jaxtune.data.batch import TokenBatch, TokenRow
 from jaxtune.data.packing import stack_rows
@@ -22,6 +22,7 @@ from jaxtune.errors import ConfigError, WeightError
 from jaxtune.infer import Sampling, generate
 from jaxtune.infer.engine import score
 from jaxtune.peft import METHODS
+from jaxtune.peft.base import PROMPT
 from jaxtune.schema import Peft
 from jaxtune.train import train
 from tests import oracle, test_train, tolerances
@@ -111,7 +112,7 @@ def finished(loaded: oracle.Loaded) -> dict[str, oracle.Adapted]:
 
 def table(adapted: oracle.Adapted) -> np.ndarray:
     model = adapted.skeleton.model({**adapted.frozen, **adapted.trainable})
-    return np.asarray(METHODS[adapted.adapters.method].table(model))
+    return np.asarray(METHODS[adapted.adapters.method].stored(model)[PROMPT])
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -138,7 +139,7 @@ def test_folders_are_those_of_peft(
         assert answers(skeleton, params) == hf_answers(model)
 
     ours = oracle.adapt(loaded, CASES[case])
-    save_prompt(tmp_path / "ours", table(ours), ours.adapters, base="random")
+    save_slot(tmp_path / "ours", {PROMPT: table(ours)}, ours.adapters, base="random")
     found = forward(*read(tmp_path / "ours"))
     there = theirs.PeftModel.from_pretrained(copy.deepcopy(hf), tmp_path / "ours").eval()
     expected = oracle.hf_logits(there, TOKENS)[:, -TOKENS.shape[1] :]
@@ -155,7 +156,7 @@ def test_folders_that_do_not_fit_are_refused(
     hf: Any, loaded: oracle.Loaded, finished: dict, tmp_path: Path
 ) -> None:
     adapted = finished["prefix"]
-    save_prompt(tmp_path, table(adapted)[:, 1:], adapted.adapters, base="random")
+    save_slot(tmp_path, {PROMPT: table(adapted)[:, 1:]}, adapted.adapters, base="random")
     shapes, weights = loaded.skeleton.abstract(), loaded.weights
     with pytest.raises(
         WeightError, match=r"wrong shape: prompt_embeddings is \[5, 95\].*\[5, 96\]"

@@ -44,6 +44,8 @@ ROWS = {
     "prefix": "peft.method=prefix peft.prompt_init=zero optim.learning_rate=1e-2",
     "prompt": "peft.method=prompt peft.prompt_init=vocab optim.learning_rate=1e-2",
     "p_tuning": "peft.method=p_tuning optim.learning_rate=1e-3",
+    "reft": "peft.method=reft peft.rank=8 peft.reft_first_tokens=7 peft.reft_last_tokens=7 "
+    "optim.learning_rate=2e-3",
     "tokens": "peft.method=tokens peft.trainable_tokens=1627,1799,14460,23597,25535,39428 "
     "optim.learning_rate=1e-2",
     "full": "peft.method=full optim.learning_rate=1e-4",
