@@ -28,7 +28,7 @@ from jaxtune.checkpoint.adapter_config import (
     modules,
     read_config,
 )
-from jaxtune.checkpoint.adapter_file import header, read_tensors, require_same
+from jaxtune.checkpoint.adapter_file import read_tensors, require_same
 from jaxtune.checkpoint.adapter_layers import read_adapters
 from jaxtune.checkpoint.adapter_slot import read_slot
 from jaxtune.checkpoint.adapter_start import on_whole_base
