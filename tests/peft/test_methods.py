@@ -218,7 +218,7 @@ def loss_of(run: build.Run, values: dict[str, Any]) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ADAPTERS)
+@pytest.mark.parametrize("method", [m for m in ADAPTERS if m != "reft"])  # that cannot be merged
 def test_folders_and_merged_models_are_the_adapter(base: Checkpoint, method: str, tmp_path: Path):
     run = described(base, method)
     values = filled(run, noise=0.05)
