@@ -171,12 +171,28 @@ def logits(
     return np.asarray(loaded.forward(loaded.params, tokens, positions, segments))
 
 
+def model_logits(model: Any, tokens: np.ndarray) -> np.ndarray:
+    """float32 [B, T, V] of a model of ours, whose every row is one example."""
+    positions = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
+    return np.asarray(model.logits(model.hidden(tokens, positions, None)[0]))
+
+
 def hf_logits(model: Any, tokens: np.ndarray) -> np.ndarray:
     """float32 [B, T, V] of a torch model."""
     import torch
 
     with torch.no_grad():
         return model(torch.tensor(tokens)).logits.float().numpy()
+
+
+def hf_gradients(model: Any, tokens: np.ndarray) -> dict[str, np.ndarray]:
+    """Gradients of a torch model's mean loss, by the names of its parameters in files."""
+    import torch
+
+    ids = torch.tensor(tokens).long()
+    model(ids, labels=ids).loss.backward()
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {name: grad.numpy() for name, grad in published_names(found, model).items()}
 
 
 def random_tokens(seed: int, *shape: int, vocab: int = SIZES["vocab_size"]) -> np.ndarray:

@@ -193,15 +193,11 @@ def test_logits_and_round_trip(name: str, variant: str, tmp_path: Path):
 
 @cases("gptj-tiny")
 def test_gradients_are_those_of_torch(name: str, variant: str):
-    import torch
-
     hf, checkpoint, tokens = model_of(name, variant)
     loaded = oracle.load(checkpoint)
     if hf.config.pad_token_id is not None:
         # torch gives the input row of padding no gradient.
         tokens = np.where(tokens == hf.config.pad_token_id, 3, tokens)
-    ids = torch.tensor(tokens).long()
-    hf(ids, labels=ids).loss.backward()
     positions = np.broadcast_to(np.arange(24), tokens.shape)
     ones = np.ones_like(tokens)
     batch = TokenBatch(tokens, positions, ones, ones.astype(np.float32))
@@ -216,16 +212,15 @@ def test_gradients_are_those_of_torch(name: str, variant: str):
         return jax.grad(loss)(params)
 
     got = gradient(loaded.params)
-    named = {name: p.grad for name, p in hf.named_parameters() if p.grad is not None}
-    theirs = oracle.published_names(named, hf)
-    zero = torch.zeros(())  # what torch keeps as a buffer has no gradient
+    theirs = oracle.hf_gradients(hf, tokens)
 
     def gradient_of(tensor: str) -> np.ndarray:
-        return theirs.get(tensor, zero).expand(checkpoint.tensors[tensor].shape).numpy()
+        # What torch keeps as a buffer has no gradient.
+        return np.broadcast_to(theirs.get(tensor, 0.0), checkpoint.tensors[tensor].shape)
 
     read = dataclasses.replace(checkpoint, read=gradient_of)
     expected = load_weights(read, loaded.weights, loaded.skeleton.abstract(), loaded.stacks)
-    scale = max(float(x.abs().max()) for x in theirs.values())
+    scale = max(np.abs(x).max() for x in theirs.values())
     for path in expected:
         assert np.abs(got[path] - expected[path]).max() <= tolerances.GRADIENTS * scale, path
 
@@ -266,17 +261,14 @@ def test_lora_in_peft(name: str, variant: str, tmp_path: Path):
         joined = () if name in experts_in_peft.JOINED else (".*experts.*",)
         options = {"target_modules": ("all-linear",), "exclude_modules": beside + joined}
     adapted = oracle.adapt(loaded, Peft(rank=3, alpha=5.0, **options))
-    where = (loaded.weights, loaded.stacks)
-    require_supported(adapted.adapters, loaded.skeleton.abstract(), *where)
+    place = (loaded.skeleton.abstract(), loaded.weights, loaded.stacks)
+    require_supported(adapted.adapters, *place)
     assert experts_in_peft.problem(adapted.adapters, loaded.weights, name) is None
     params = {**adapted.frozen, **adapted.trainable}
-    model = adapted.skeleton.model(params)
-    positions = np.broadcast_to(np.arange(24), tokens.shape)
-    ours = model.logits(model.hidden(tokens, positions, None)[0])
-    folder, base = tmp_path / "adapter", loaded.skeleton.abstract()
-    save_adapter(folder, params, adapted.adapters, base, *where, base="random")
-    back = load_adapter(folder, base, *where, base=checkpoint)
-    for path, array in back.params.items():
+    ours = oracle.model_logits(adapted.skeleton.model(params), tokens)
+    folder = tmp_path / "adapter"
+    save_adapter(folder, params, adapted.adapters, *place, base="random")
+    for path, array in load_adapter(folder, *place, base=checkpoint).params.items():
         mine = params.get(path, np.zeros_like(array))
         np.testing.assert_allclose(array, mine, rtol=1e-6, err_msg=path)
     if hasattr(hf, "generate"):

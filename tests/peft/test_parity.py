@@ -145,9 +145,7 @@ def filled(
 
 def our_logits(loaded: oracle.Loaded, adapter: Any, tokens: np.ndarray) -> np.ndarray:
     skeleton, values = filled(loaded, adapter.adapters, adapter.params)
-    model = skeleton.model(loaded.params | values)
-    positions = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
-    return np.asarray(model.logits(model.hidden(tokens, positions, None)[0]))
+    return oracle.model_logits(skeleton.model(loaded.params | values), tokens)
 
 
 def base_of(sizes: dict[str, Any]) -> Any:
