@@ -21,6 +21,7 @@ import jax
 import numpy as np
 
 from jaxtune import peft, process
+from jaxtune.checkpoint import expert_parameters
 from jaxtune.checkpoint.adapter_config import (
     CONFIG_FILE,
     Module,
@@ -100,9 +101,12 @@ def stored_tensors(
         base_params: path -> anything with `.shape`, of the base model.
     """
     found = {}
+    names = {whole.name for whole in adapted}
     for whole in adapted:
+        is_parameter, name = whole.first.is_parameter, whole.name
+        module = expert_parameters.wrapper(name, names) if is_parameter else name
         for leaf, tensor in tensors_of(adapters, whole, base_params).items():
-            found[f"{_PREFIX}{whole.name}.{tensor.suffix}"] = Stored(whole, leaf, tensor)
+            found[f"{_PREFIX}{module}.{tensor.suffix}"] = Stored(whole, leaf, tensor)
     return found
 
 
@@ -222,6 +226,8 @@ def load_adapter(
     if fills_one_slot(method):
         found = read_slot(folder, method, fields, base_params, stacks)
         return Adapter(*found, _warnings(folder, fields, base.name))
+    if fields.get("target_parameters"):
+        weights = expert_parameters.as_parameters(weights, base_params)
     adapters = read_adapters(folder, base_params, weights, stacks)
     require_supported(adapters, base_params, weights, stacks)
     adapted = wholes(adapters, weights, stacks)

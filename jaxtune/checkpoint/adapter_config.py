@@ -30,7 +30,7 @@ _FORMATS = {name: module.PEFT for name, module in METHODS.items() if hasattr(mod
 _COMMON = frozenset(
     ("peft_type", "target_modules", "exclude_modules", "layers_to_transform", "task_type")
     + ("base_model_name_or_path", "inference_mode", "peft_version", "revision", "auto_mapping")
-    + ("modules_to_save", "trainable_token_indices")
+    + ("modules_to_save", "trainable_token_indices", "target_parameters")
 )
 
 
@@ -50,6 +50,11 @@ class Module(NamedTuple):
             *mixture, _, last = self.name.split(".")
             names.append(".".join((*mixture, last)))
         return any(is_target(name, targets) for name in names)
+
+    @property
+    def is_parameter(self) -> bool:
+        """Whether it is one parameter of all experts, which PEFT does not take for a module."""
+        return ".experts." in self.path and len(self.index) == 1
 
     @property
     def position(self) -> int:
@@ -110,11 +115,14 @@ def config_fields(
     """What PEFT writes about the adapters, but for the base model's name."""
     method = METHODS[adapters.method]
     chosen = [module for module in adapted if module.path in (adapters.choice or adapters.rows)]
-    targets, layers = sorted(module.name for module in chosen), None
+    named = [module for module in chosen if not module.is_parameter]
+    targets, layers = sorted(module.name for module in named), None
     apart = is_apart(adapters, weights)
-    if method.PEFT.has_layers and not apart:
-        targets, layers = _targets(chosen, weights, sum(stacks))
+    if method.PEFT.has_layers and named and not apart:
+        targets, layers = _targets(named, weights, sum(stacks))
     own = method.to_peft(adapters.config, {module.name: module.config for module in chosen})
+    if parameters := sorted({module.name for module in chosen if module.is_parameter}):
+        own["target_parameters"] = parameters
     if adapters.choice and method.PEFT.peft_type == "LORA":
         rows = {m.name: list(m.config.ids) for m in adapted if m.path in adapters.rows}
         own["trainable_token_indices"] = rows or None

@@ -90,7 +90,7 @@ def _adapted(
     folder: Path, name: str, fields: Mapping[str, Any], candidates: Sequence[Module]
 ) -> list[Module]:
     """The layers that PEFT's rules take for targets."""
-    targets = fields.get("target_modules")
+    targets, parameters = (fields.get(f"target_{kind}") for kind in ("modules", "parameters"))
     layers = fields.get("layers_to_transform")
     layers = [layers] if isinstance(layers, int) else layers
     excluded = fields.get("exclude_modules") or []
@@ -98,19 +98,15 @@ def _adapted(
         candidates = [module for module in candidates if module.path != EMBEDDING]
 
     def hits(module: Module) -> bool:
-        if targets == "all-linear":
-            return module.layer is not None
-        return module.is_target(targets)
+        if module.is_parameter:  # in whatever layer, and never excluded
+            return module.is_target(parameters)
+        if module.is_target(excluded) or (layers is not None and module.layer not in layers):
+            return False
+        return module.layer is not None if targets == "all-linear" else module.is_target(targets)
 
-    adapted = [
-        module
-        for module in candidates
-        if hits(module)
-        and not module.is_target(excluded)
-        and (layers is None or module.layer in layers)
-    ]
-    unused = [] if isinstance(targets, str) else targets or []
-    unused = [name for name in unused if not any(m.is_target([name]) for m in candidates)]
+    adapted = [module for module in candidates if hits(module)]
+    named = [*(parameters or ()), *(() if isinstance(targets, str) else targets or ())]
+    unused = [name for name in named if not any(m.is_target([name]) for m in candidates)]
     if unused or not adapted:
         if any(is_target(module.name.rpartition(".")[0], targets) for module in candidates):
             raise WeightError(
@@ -120,7 +116,7 @@ def _adapted(
             )
         known = sorted({module.name.rsplit(".", 1)[-1] for module in candidates})
         raise WeightError(
-            f"{folder / CONFIG_FILE}: target_modules {unused or targets} are not in this base "
+            f"{folder / CONFIG_FILE}: targets {unused or targets} are not in this base "
             f"model, whose layers are {', '.join(known)} - use the adapter's own base model"
         )
     if any(module.path == tokens.HEAD for module in adapted):
@@ -128,7 +124,7 @@ def _adapted(
             f"{folder / CONFIG_FILE} adapts lm_head, which is multiplied inside the loss - merge "
             "the adapter with PEFT and start from the merged model"
         )
-    if any(len(m.index) > 1 for m in adapted) and not hasattr(METHODS[name], "EXPERTS"):
+    if any(".experts." in m.path for m in adapted) and not hasattr(METHODS[name], "EXPERTS"):
         raise WeightError(
             f"{folder / CONFIG_FILE}: {name} cannot adapt experts - merge it with PEFT"
         )

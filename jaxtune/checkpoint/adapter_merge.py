@@ -86,6 +86,11 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Pair]]:
             f"(init_lora_weights={fields['init_lora_weights']}) - save it with PEFT's "
             "path_initial_model_for_weight_conversion, or merge it into its base instead"
         )
+    if fields.get("target_parameters"):
+        raise WeightError(
+            f"{folder} adapts parameters of experts, whose pairs cannot be combined one by one - "
+            "merge it into its base instead"
+        )
     modules = [name.removeprefix("base_model.model.") for name in sorted(names)]
     config = lora.from_peft(fields)
     own = lora.configure(config, dict.fromkeys(modules, (0, 0)))

@@ -42,12 +42,17 @@ def on_whole_base(
         base: the base model.
 
     Raises:
-        WeightError: the base is quantized.
+        WeightError: the base is quantized, or one of the layers is a parameter of experts.
     """
     if base.quantized:
         raise WeightError(
             f"{base.name} is quantized, and init_lora_weights={start} is a part of its weights as "
             "they were before - use the dense model, and quant.format"
+        )
+    if parameters := [whole.name for whole in adapted if whole.first.is_parameter]:
+        raise WeightError(
+            f"init_lora_weights={start} starts matrices of layers, and {parameters[0]} is one "
+            "parameter of all experts - save it merged, where it was trained"
         )
     rows, wide, arrays = {row.ours: row for row in weights}, [], dict(values)
     for whole in adapted:

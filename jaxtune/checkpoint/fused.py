@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxtune.checkpoint import expert_parameters
 from jaxtune.checkpoint.adapter_config import Module, is_matrix, modules
 from jaxtune.checkpoint.hf import split_path
 from jaxtune.errors import ConfigError
@@ -62,13 +63,6 @@ def require_supported(
         weights: the base family's table.
         stacks: number of layers in each stack.
     """
-    rows = {row.ours: row for row in weights}
-    for path in adapters.choice:
-        if ".experts." in path and not rows[f"{split_path(path)[1]}.kernel"].experts:
-            raise ConfigError(
-                f"config.peft: {path} is one tensor of all experts in this family's files, which "
-                "no adapter of ours can name - take it out with peft.exclude_modules=.*experts.*"
-            )
     for whole in wholes(adapters, weights, stacks):
         found: list[Tensor] = []
         for part in whole.parts if whole.columns[1:] else ():
@@ -109,8 +103,10 @@ def tensors_of(
 ) -> dict[str, Tensor]:
     """What the adapter of a whole is made of."""
     path = whole.first.path
-    d_in, d_out = base_params[weight_name(path)].shape[-2:]
+    *stack, d_in, d_out = base_params[weight_name(path)].shape
     d_out = sum(map(len, whole.columns)) or d_out
+    if whole.first.is_parameter:
+        return expert_parameters.tensors(whole.config.rank, stack[-1], d_in, d_out)
     return module_of(adapters, path).tensors(whole.config, d_in, d_out)
 
 

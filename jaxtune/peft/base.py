@@ -128,8 +128,8 @@ class Tensor(NamedTuple):
         suffix: of its name, after the layer's.
         shape: ours.
         change: from theirs to ours, and back.
-        axes: what each axis goes along: the layer's inputs ("in"), its outputs ("out") or the
-            adapter's own features ("rank"); () if adapters are never joined.
+        axes: what each axis goes along: the layer's inputs ("in"), its outputs ("out"), the
+            adapter's own features ("rank") or experts ("expert"); () if adapters are never joined.
         scaled: whether the layer's scale may be multiplied into it.
         absent: value along the outputs of a part without adapter; None: none does nothing.
     """

@@ -65,7 +65,7 @@ FAMILIES = {
     "glm4": (_V5E, "glm4:9b", _FULL),
     "gpt2": (_V5E, "gpt2:1.5b", _FULL, "--config.data.max_seq_len=1024"),
     "gpt_neox": (_V5E, "gpt_neox:6.9b", _FULL),
-    "gpt_oss": (_V5E, "gpt_oss:20b", *_EXPERTS, "--config.peft.exclude_modules=.*experts.*"),
+    "gpt_oss": (_V5E, "gpt_oss:20b", *_EXPERTS),
     "gptj": (_V5E, "gptj:6b", _FULL),
     "internlm": (_V5E, "internlm:7b", _FULL),
     "internlm2": (_V5E, "internlm2:7b", _FULL),
