@@ -1,6 +1,7 @@
 """Grouped-query self-attention, with a prefix and a key/value cache if there are any.
 
-Positions come in by rotation (RoPE), by slopes (ALiBi), or are in the input already.
+Positions come in by rotation (RoPE), by slopes (ALiBi), by learnt numbers for each distance, or are
+in the input already.
 """
 
 import dataclasses
@@ -125,6 +126,7 @@ class Attention(nnx.Module):
         *,
         slots: jax.Array | None = None,
         window: int | None = None,
+        relative: jax.Array | None = None,
     ) -> tuple[jax.Array, KeysValues | None]:
         """Attends within segments, to earlier tokens only if the model is causal.
 
@@ -136,6 +138,7 @@ class Attention(nnx.Module):
             past: this layer's prefix and cache.
             slots: int32 [B, T], where in the cache the tokens will be, if there is one.
             window: see `Mask`.
+            relative: see `ops.attention.Extras`; with a cache its M is that of the cache's slots.
 
         Returns:
             The output, and with a cache the new keys and values to append to it, [B, K, T, H].
@@ -149,7 +152,7 @@ class Attention(nnx.Module):
             policy=self.policy,
             slots=slots,
             mask=Mask(causal=self.config.causal, window=window),
-            extras=self._extras(),
+            extras=self._extras() | {"relative": relative},
         )
         return self.o_proj(y.reshape(b, t, -1)), new
 
@@ -187,7 +190,7 @@ def mixed(
         q: [B, T, N, H].
         k, v: [B, T, K, H].
         mask: without segments; that of a cache is always causal.
-        extras: `scale`, `softcap`, `alibi` and `sinks` of `ops.attention.Extras`.
+        extras: of `ops.attention.Extras`, those of a layer.
 
     Returns:
         [B, T, N, H], and with a cache the new keys and values.
@@ -241,7 +244,7 @@ def _attend(
         numbers: dict[str, Any] = {
             name: jnp.split(extras[name], 2)[i]
             for name in ("alibi", "sinks")
-            if extras[name] is not None
+            if extras.get(name) is not None
         }
         parts = [_half(x, i) for x in (q, k, v)]
         halves.append(attend(parts[0], parts[1], parts[2], own, policy, **extras | numbers))
@@ -299,6 +302,7 @@ def attend(
     policy: Policy,
     *,
     alibi: jax.Array | None = None,
+    relative: jax.Array | None = None,
     sinks: jax.Array | None = None,
     scale: float | None = None,
     softcap: float | None = None,
@@ -310,9 +314,10 @@ def attend(
         k, v: [B, S, K, H].
         mask: which key a query sees.
         policy: names the implementation and the mesh.
-        alibi, sinks, scale, softcap: see `ops.attention.Extras`; slopes and sinks are of all heads.
+        alibi, relative, sinks, scale, softcap: see `ops.attention.Extras`; the arrays are of all
+            heads.
     """
-    per_head = {"alibi": alibi, "sinks": sinks}
+    per_head = {"alibi": alibi, "relative": relative, "sinks": sinks}
     extras: dict[str, Any] = {"scale": scale, "softcap": softcap}
     extras["softmax_dtype"] = policy.softmax_dtype
 

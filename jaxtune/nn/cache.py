@@ -20,11 +20,13 @@ class Past(NamedTuple):
             rotation; None: there are none.
         cache: keys and values [B, K, S, H] of earlier tokens; None: there are none.
         edit: with what the layer's output is edited; None: it is not.
+        across: keys and values [B, S, K, H] of another sequence, computed once; None: they are not.
     """
 
     prefix: KeysValues | None = None
     cache: KeysValues | None = None
     edit: Any = None
+    across: KeysValues | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -61,6 +63,16 @@ class KVCache:
             v=[jnp.zeros((n, *shape), dtype) for n in stacks],
             segment_ids=jnp.zeros((batch, length), jnp.int32),
             length=jnp.int32(0),
+        )
+
+    def appended(self, new: Sequence[KeysValues], segment_ids: jax.Array) -> "KVCache":
+        """The cache with new tokens: keys and values [n, B, K, T, H] of each stack, ids [B, T]."""
+        length = self.length
+        return KVCache(
+            k=[append(old, k, length, 3) for old, (k, _) in zip(self.k, new, strict=True)],
+            v=[append(old, v, length, 3) for old, (_, v) in zip(self.v, new, strict=True)],
+            segment_ids=append(self.segment_ids, segment_ids, length, 1),
+            length=length + segment_ids.shape[1],
         )
 
 

@@ -32,7 +32,7 @@ def stack_sizes(num_layers: int, policy: Policy, kinds: Sequence[Any] = ()) -> t
         num_layers: of the model.
         policy: whether they are scanned, and in how many chunks.
         kinds: of the layers; those that are left over after whole periods are a stack of their own,
-            and so are those whose `dense` differs.
+            and so are those whose parameters differ in kind (`LayerKind.form`).
     """
     if policy.segments and policy.layers == "scan":
         return policy.segments
@@ -40,7 +40,7 @@ def stack_sizes(num_layers: int, policy: Policy, kinds: Sequence[Any] = ()) -> t
     if stacks > 1 or not kinds:
         return (num_layers // stacks,) * stacks
     sizes = []
-    for _, group in itertools.groupby(kinds, lambda kind: kind.dense):
+    for _, group in itertools.groupby(kinds, lambda kind: kind.form):
         alike = list(group)
         rest = len(alike) % period(alike)
         sizes += [len(alike) - rest, rest] if rest else [len(alike)]

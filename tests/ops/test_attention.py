@@ -229,3 +229,41 @@ def test_what_does_not_fit_is_refused():
         ops.attention(q, k, v, sinks=jnp.zeros(2))
     with pytest.raises(ValueError, match="there are reference, xla"):
         ops.attention(q, k, v, implementation="flash")
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_bias_by_distance_and_its_gradient_equal_the_reference(causal: bool):
+    random = np.random.default_rng(0)
+    shapes = (2, 150, 4, 8), (2, 300, 2, 8), (2, 300, 2, 8), (4, 2 * 310 - 1)
+    q, k, v, relative = (random.normal(size=shape).astype(np.float32) for shape in shapes)
+    dy = random.normal(size=q.shape).astype(np.float32)
+    segments = np.arange(150) // 70 * np.ones((2, 1), int), np.arange(300) // 90 * np.ones((2, 1))
+    mask = Mask(
+        causal, query_segments=jnp.asarray(segments[0]), key_segments=jnp.asarray(segments[1])
+    )
+
+    def gradients(implementation: str) -> Any:
+        def total(q: Any, k: Any, v: Any, relative: Any) -> Any:
+            y = ops.attention(
+                q, k, v, mask=mask, relative=relative, scale=1.0, implementation=implementation
+            )
+            return (y * dy).sum(), y
+
+        return jax.grad(total, argnums=(0, 1, 2, 3), has_aux=True)(q, k, v, relative)
+
+    for got, expected in zip(
+        *map(jax.tree.leaves, map(gradients, ("xla", "reference"))), strict=True
+    ):
+        assert difference(got, expected) <= tolerances.OPS
+
+
+def test_a_bias_by_distance_that_does_not_fit_is_refused():
+    q = jnp.zeros((1, 4, 2, 8))
+    for wrong, mask in ((jnp.zeros((2, 6)), Mask()), (jnp.zeros((2, 5)), Mask())):
+        with pytest.raises(ValueError, match="relative .* must be"):
+            make_operands(q, q, q, mask, relative=wrong)
+    with pytest.raises(ValueError, match="no prefix, no offset"):
+        make_operands(q, q, q, relative=jnp.zeros((2, 7)), query_offset=1)
+    for kernel in ("pallas_tpu", "pallas_gpu", "splash", "cudnn"):
+        with pytest.raises(NotImplementedError, match="relative"):
+            ops.attention(q, q, q, relative=jnp.zeros((2, 7)), implementation=kernel)

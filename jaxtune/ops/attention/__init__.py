@@ -10,7 +10,7 @@ first asked for. Those of our own give `flash.py` their forward and backward pas
 """
 
 import importlib
-from typing import TypedDict, Unpack
+from typing import Any, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +46,9 @@ class Extras(TypedDict, total=False):
             denominator (gpt-oss); counted in the log-sum-exp and differentiable. None: none.
         alibi: float32 [N], slopes of the bias -slope * |query position - key position|
             (arXiv 2108.12409), which prefix keys do not get; no gradient. None: no bias.
+        relative: float32 [N, 2M - 1], what is added to the scores of each head: column M - 1 + d
+            where the key lies d positions behind the query (arXiv 1910.10683, section 2.1); M is
+            at least T and S. Differentiable; not with a prefix or an offset. None: nothing is.
         query_offset: position of the first query on the axis of key positions: tokens in the
             cache, or how far apart two shards of a row are. 0 by default.
         softmax_dtype: dtype in which probabilities meet the values (scores, their softmax and all
@@ -56,6 +59,7 @@ class Extras(TypedDict, total=False):
     softcap: float | None
     sinks: jax.Array | None
     alibi: jax.Array | None
+    relative: jax.Array | None
     query_offset: int | jax.Array
     softmax_dtype: DTypeLike
 
@@ -115,13 +119,7 @@ def make_operands(
     k: jax.Array,
     v: jax.Array,
     mask: Mask = CAUSAL,
-    *,
-    scale: float | None = None,
-    softcap: float | None = None,
-    sinks: jax.Array | None = None,
-    alibi: jax.Array | None = None,
-    query_offset: int | jax.Array = 0,
-    softmax_dtype: DTypeLike = jnp.float32,
+    **extras: Unpack[Extras],
 ) -> Operands:
     """The record that implementations are called with, checked; see `attention` and `Extras`.
 
@@ -133,21 +131,30 @@ def make_operands(
     if k.shape != (b, s, kv, h) or v.shape != k.shape or n % kv:
         raise ValueError(f"q {q.shape}, k {k.shape} and v {v.shape} do not fit together")
     _check(mask, (b, t), (b, s))
+    sinks, alibi, relative = (_float32(extras.get(name)) for name in ("sinks", "alibi", "relative"))
     for name, array in (("sinks", sinks), ("alibi", alibi)):
         if array is not None and array.shape != (n,):
             raise ValueError(f"{name} {array.shape} must have one number for each of {n} heads")
+    scale, offset = extras.get("scale"), extras.get("query_offset", 0)
+    if relative is not None:
+        _check_relative(relative, n, max(t, s), mask, offset)
     return Operands(
         q=q,
         k=k,
         v=v,
         mask=mask,
-        sinks=None if sinks is None else jnp.asarray(sinks, jnp.float32),
-        alibi=None if alibi is None else jnp.asarray(alibi, jnp.float32),
-        query_offset=query_offset,
+        sinks=sinks,
+        alibi=alibi,
+        relative=relative,
+        query_offset=offset,
         scale=h**-0.5 if scale is None else float(scale),
-        softcap=softcap,
-        softmax_dtype=jnp.dtype(softmax_dtype),
+        softcap=extras.get("softcap"),
+        softmax_dtype=jnp.dtype(extras.get("softmax_dtype", jnp.float32)),
     )
+
+
+def _float32(array: Any) -> jax.Array | None:
+    return None if array is None else jnp.asarray(array, jnp.float32)
 
 
 def _check(mask: Mask, queries: tuple[int, int], keys: tuple[int, int]) -> None:
@@ -170,6 +177,18 @@ def _check(mask: Mask, queries: tuple[int, int], keys: tuple[int, int]) -> None:
     for name, (array, shape) in arrays.items():
         if array is not None and array.shape != shape:
             raise ValueError(f"{name} {array.shape} must be {shape}")
+
+
+def _check_relative(
+    relative: jax.Array, num_heads: int, longest: int, mask: Mask, offset: int | jax.Array
+) -> None:
+    heads, columns = relative.shape
+    if heads != num_heads or columns % 2 == 0 or columns < 2 * longest - 1:
+        raise ValueError(
+            f"relative {relative.shape} must be [{num_heads}, 2 M - 1] with M of {longest} or more"
+        )
+    if mask.prefix or not isinstance(offset, int) or offset:
+        raise ValueError("relative counts positions from the first token: no prefix, no offset")
 
 
 def _attend(implementation: str, operands: Operands) -> tuple[jax.Array, jax.Array | None]:

@@ -43,7 +43,7 @@ def cached_attention(
     """
     prefix, cached = past
     scale, softcap = extras.get("scale"), extras.get("softcap")
-    alibi, sinks = extras.get("alibi"), extras.get("sinks")
+    alibi, relative, sinks = (extras.get(name) for name in ("alibi", "relative", "sinks"))
     b, t, n, h = q.shape
     kv, s = cached[0].shape[1:3]
     query_segments, cached_segments = segments
@@ -56,6 +56,10 @@ def cached_attention(
             dots = softcap * jnp.tanh(dots / softcap)
         if alibi is not None:
             dots -= alibi.reshape(1, kv, n // kv, 1, 1) * distance[:, None, None]
+        if relative is not None:
+            columns = relative.shape[1] // 2 - distance
+            found = jnp.take(relative, columns, axis=1, mode="clip").swapaxes(0, 1)
+            dots += found.reshape(b, kv, n // kv, t, -1)
         if window is not None:
             sees &= distance < window
         return jnp.where(sees[:, None, None], dots, MASKED)

@@ -14,12 +14,12 @@ def attend(operands: Operands) -> tuple[jax.Array, None]:
     """Output [B, T, N, H] in q's dtype; None for the log-sum-exp.
 
     Raises:
-        NotImplementedError: prefix, segments, columns, softcap, sinks, alibi, query_offset; a
-            window that is not causal or meets keys of other tokens; float32.
+        NotImplementedError: prefix, segments, columns, softcap, sinks, alibi, relative,
+            query_offset; a window that is not causal or meets keys of other tokens; float32.
     """
     refuse("cudnn", operands, "prefix", "segments", "columns", "query_offset")
     # A bias, and with it alibi, would be an array [N, T, S].
-    refuse("cudnn", operands, "softcap", "sinks", "alibi")
+    refuse("cudnn", operands, "softcap", "sinks", "alibi", "relative")
     mask = operands.mask
     if mask.window is not None:
         refuse("cudnn sliding window", operands, "lengths")

@@ -34,6 +34,7 @@ class Operands:
         k, v: [B, S, K, H].
         mask: which keys a query sees.
         sinks, alibi: float32 [N] or None.
+        relative: float32 [N, 2M - 1] or None.
         query_offset: an int if it is known when tracing, else an int32 scalar.
         scale, softcap, softmax_dtype: static.
     """
@@ -44,6 +45,7 @@ class Operands:
     mask: Mask
     sinks: jax.Array | None
     alibi: jax.Array | None
+    relative: jax.Array | None
     query_offset: int | jax.Array
     scale: float
     softcap: float | None
@@ -53,15 +55,15 @@ class Operands:
         """An offset that is an int stays one, so that blocks can be skipped while tracing."""
         known = self.query_offset if isinstance(self.query_offset, int) else None
         offset = self.query_offset if known is None else None
-        children = (self.q, self.k, self.v, self.mask, self.sinks, self.alibi, offset)
-        return children, (known, self.scale, self.softcap, self.softmax_dtype)
+        arrays = (self.q, self.k, self.v, self.mask, self.sinks, self.alibi, self.relative)
+        return (*arrays, offset), (known, self.scale, self.softcap, self.softmax_dtype)
 
     @classmethod
     def tree_unflatten(cls, static: tuple, children: tuple) -> "Operands":
-        q, k, v, mask, sinks, alibi, offset = children
+        *arrays, offset = children
         known, scale, softcap, softmax_dtype = static
         offset = offset if known is None else known
-        return cls(q, k, v, mask, sinks, alibi, offset, scale, softcap, softmax_dtype)
+        return cls(*arrays, offset, scale, softcap, softmax_dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,13 +74,11 @@ class Passes:
         forward: operands -> (y [B, T, N, H] in q's dtype, lse float32 [B, T, N]). A query that sees
             nothing gets y = 0 and lse = `mask.MASKED` (with sinks: lse = its head's sink).
         backward: operands, lse, dy [B, T, N, H], delta float32 [B, T, N] -> (dq, dk, dv) in the
-            dtypes of q, k and v.
+            dtypes of q, k and v, and behind them that of `relative`, if there is one.
     """
 
     forward: Callable[[Operands], tuple[jax.Array, jax.Array]]
-    backward: Callable[
-        [Operands, jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array, jax.Array]
-    ]
+    backward: Callable[[Operands, jax.Array, jax.Array, jax.Array], tuple[jax.Array, ...]]
 
 
 def refuse(implementation: str, operands: Operands, *features: str) -> None:
@@ -88,7 +88,7 @@ def refuse(implementation: str, operands: Operands, *features: str) -> None:
         implementation: its name, for the message.
         operands: the call.
         features: of "window", "prefix", "segments", "columns", "softcap", "sinks", "alibi",
-            "query_offset" and "lengths" (other keys than the queries' tokens).
+            "relative", "query_offset" and "lengths" (other keys than the queries' tokens).
     """
     mask, offset = operands.mask, operands.query_offset
     has = {
@@ -99,6 +99,7 @@ def refuse(implementation: str, operands: Operands, *features: str) -> None:
         "softcap": operands.softcap is not None,
         "sinks": operands.sinks is not None,
         "alibi": operands.alibi is not None,
+        "relative": operands.relative is not None,
         "query_offset": not isinstance(offset, int) or offset != 0,
         "lengths": operands.q.shape[1] != operands.k.shape[1],
     }
@@ -109,7 +110,8 @@ def refuse(implementation: str, operands: Operands, *features: str) -> None:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def attend(passes: Passes, operands: Operands) -> tuple[jax.Array, jax.Array]:
-    """Output [B, T, N, H] and log-sum-exp float32 [B, T, N], differentiable in q, k, v and sinks.
+    """Output [B, T, N, H] and log-sum-exp float32 [B, T, N], differentiable in the operands' arrays
+    but for masks, slopes and offsets.
 
     Both carry the checkpoint name "attention": a remat policy that saves the name spares the
     forward pass when the backward pass runs.
@@ -127,7 +129,7 @@ def _backward(passes: Passes, saved: tuple, cotangents: tuple) -> tuple[Operands
     operands, y, lse = saved
     dy, dlse = cotangents
     delta = (dy.astype(jnp.float32) * y.astype(jnp.float32)).sum(axis=-1) - dlse
-    dq, dk, dv = passes.backward(operands, lse, dy, delta)
+    dq, dk, dv, *rest = passes.backward(operands, lse, dy, delta)
     sinks = operands.sinks
     if sinks is not None:
         sinks = -(jnp.exp(sinks - lse) * delta).sum(axis=(0, 1)).astype(sinks.dtype)
@@ -141,6 +143,7 @@ def _backward(passes: Passes, saved: tuple, cotangents: tuple) -> tuple[Operands
             sinks=sinks,
             mask=None,  # None: no gradient
             alibi=None,
+            relative=rest[0] if rest else None,
             query_offset=operands.query_offset if known else None,
         ),
     )

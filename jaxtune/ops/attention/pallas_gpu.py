@@ -121,7 +121,7 @@ def forward(
         interpret: run as plain JAX on any platform, slowly (for tests).
 
     Raises:
-        NotImplementedError: the head size is over 256.
+        NotImplementedError: the head size is over 256, or there is a bias by distance.
     """
     call = _describe(operands, tile, FORWARD_TILES)
     some, every = _seen(operands, call)
@@ -195,6 +195,7 @@ def _describe(operands: Operands, tile: Tile | None, tiles: dict[int, Tile]) -> 
     """The call's sizes, with blocks no longer than short rows need."""
     b, t, n, h = operands.q.shape
     s, heads = operands.k.shape[1:3]
+    flash.refuse("pallas_gpu", operands, "relative")
     if h > 256:
         raise NotImplementedError(f"head size {h} is over 256: k and v exceed shared memory")
     if tile is None:

@@ -32,7 +32,11 @@ def forward(
         operands: see `flash.Operands`.
         sizes: of the blocks; None: `default_sizes`.
         interpret: run on CPU, as a program or simulating a TPU's memories.
+
+    Raises:
+        NotImplementedError: a bias by distance.
     """
+    flash.refuse("pallas_tpu", operands, "relative")
     return _forward(operands, sizes or default_sizes(operands), interpret)
 
 

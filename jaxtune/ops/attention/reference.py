@@ -27,6 +27,9 @@ def attend(operands: Operands) -> tuple[jax.Array, jax.Array]:
         distance = jnp.where(keys < operands.mask.prefix, 0, distance)
         slopes = jax.lax.stop_gradient(operands.alibi)
         scores -= slopes[:, None, None] * distance
+    if operands.relative is not None:
+        center = operands.relative.shape[1] // 2
+        scores += operands.relative[:, center + keys - positions]
     sees = visible(_broadcast(operands.mask), positions, keys)
     sees = jnp.ones((1, t, s), bool) if sees is None else jnp.broadcast_to(sees, (b, t, s))
     sees = sees[:, None]

@@ -35,9 +35,10 @@ def attend(operands: Operands, axis: str, implementation: str) -> tuple[jax.Arra
         implementation: of `IMPLEMENTATIONS`.
 
     Raises:
-        NotImplementedError: prefix keys, an offset of the queries, or no such implementation.
+        NotImplementedError: prefix keys, a bias by distance, an offset of the queries, or no such
+            implementation.
     """
-    flash.refuse("ring", operands, "prefix", "query_offset", "lengths")
+    flash.refuse("ring", operands, "prefix", "relative", "query_offset", "lengths")
     if implementation not in IMPLEMENTATIONS:
         raise NotImplementedError(f"ring attention cannot use {implementation} attention")
     module = importlib.import_module(f"jaxtune.ops.attention.{implementation}")

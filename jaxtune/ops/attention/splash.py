@@ -28,10 +28,10 @@ def attend(operands: Operands, *, interpret: bool = False) -> tuple[jax.Array, N
         interpret: run on any platform, slowly; for tests.
 
     Raises:
-        NotImplementedError: prefix, columns, alibi, query_offset, keys of other tokens, or a
-            length that is no multiple of 128.
+        NotImplementedError: prefix, columns, alibi, relative, query_offset, keys of other tokens,
+            or a length that is no multiple of 128.
     """
-    refuse("splash", operands, "prefix", "columns", "alibi", "query_offset", "lengths")
+    refuse("splash", operands, "prefix", "columns", "alibi", "relative", "query_offset", "lengths")
     _, t, n, _ = operands.q.shape
     if t % kernels.NUM_LANES:
         raise NotImplementedError(f"splash attention needs a multiple of 128 tokens, not {t}")

@@ -154,7 +154,18 @@ class _Scores:
             slopes = operands.alibi.reshape(1, dots.shape[1], -1)
             slopes = jnp.expand_dims(slopes, [i for i in range(2, 5) if i != self.axes.group])
             scores -= slopes * jnp.where(keys < prefix, 0, jnp.abs(positions - (keys - prefix)))
+        if operands.relative is not None:
+            scores += self._relative(first_query, first_key)
         return scores, self._sees(positions, keys, first_query, first_key), slope
+
+    def _relative(self, first_query: jax.Array, first_key: jax.Array) -> jax.Array:
+        """What is added to the scores of a tile for the distance of its queries and keys."""
+        rows, cols = self.tiles.rows, self.tiles.cols
+        padded, first = _distances(self.operands, self.tiles, first_query, first_key)
+        values = dynamic_slice_in_dim(padded, first, rows + cols - 1, 1)
+        kv = self.operands.k.shape[2]
+        tile = _diagonals(values, rows, cols).reshape(1, kv, -1, rows, cols)
+        return jnp.moveaxis(tile, (2, 3, 4), self.axes)
 
     def _sees(
         self, positions: jax.Array, keys: jax.Array, first_query: jax.Array, first_key: jax.Array
@@ -178,6 +189,29 @@ class _Scores:
         if s % self.tiles.cols == 0:
             return sees
         return keys < s if sees is None else sees & (keys < s)
+
+
+def _distances(
+    operands: Operands, tiles: _Tiles, first_query: Any, first_key: Any
+) -> tuple[jax.Array, jax.Array]:
+    """`relative` with room for the padding of tiles, and its first column that a tile needs."""
+    assert operands.relative is not None
+    room = tiles.rows + tiles.cols
+    center = operands.relative.shape[1] // 2
+    padded = jnp.pad(operands.relative, ((0, 0), (room, room)))
+    return padded, first_key - first_query + room + center - (tiles.rows - 1)
+
+
+def _diagonals(values: jax.Array, rows: int, cols: int) -> jax.Array:
+    """[N, rows, cols] with values[n, column - row + rows - 1], of values [N, rows + cols - 1].
+
+    One row of zeros too long, read again and again as if it were not: each time round it is one
+    place further. A gather, and the scatter that is its gradient, are slow on most devices.
+    """
+    n, width = values.shape
+    longer = jnp.broadcast_to(jnp.pad(values, ((0, 0), (0, 1)))[:, None], (n, rows, width + 1))
+    shifted = longer.reshape(n, -1)[:, : rows * width].reshape(n, rows, width)
+    return shifted[:, :, rows - 1 :]
 
 
 def forward(operands: Operands) -> tuple[jax.Array, jax.Array]:
@@ -222,7 +256,7 @@ def forward(operands: Operands) -> tuple[jax.Array, jax.Array]:
 
 def backward(
     operands: Operands, lse: jax.Array, dy: jax.Array, delta: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> tuple[jax.Array, ...]:
     """See `flash.Passes`."""
     b, t, n, h = operands.q.shape
     s, kv = operands.k.shape[1:3]
@@ -249,23 +283,43 @@ def backward(
         if sees is not None:
             weights = jnp.where(sees, weights, 0)
         dweights = _dot("bksh,bkth->bkst", values, dys).reshape(dots.shape)
-        dscores = weights * (dweights - cut(delta)[:, :, None]) * slope
-        dscores = dscores.astype(dtype).reshape(b, kv, cols, g * rows)
+        dscores = weights * (dweights - cut(delta)[:, :, None])
+        dq, dk, dv, drelative = state
+        if drelative is not None:
+            drelative = _add_diagonals(drelative, operands, tiles, dscores, first_query, first_key)
+        dscores = (dscores * slope).astype(dtype).reshape(b, kv, cols, g * rows)
         weights = weights.astype(operands.softmax_dtype).reshape(dscores.shape)
-        dq, dk, dv = state
         part = dynamic_slice_in_dim(k_transposed, first_key, cols, 3)
         part = _dot("bkhs,bkst->bkht", part, dscores).reshape(b, kv, h, g, rows)
         dq = add(dq, part, first_query, 4)
         dk = add(dk, _dot("bkst,bkth->bksh", dscores, queries), first_key, 2)
         part = _dot("bkst,bkth->bksh", weights, dys.astype(operands.softmax_dtype))
-        return dq, dk, add(dv, part, first_key, 2)
+        return dq, dk, add(dv, part, first_key, 2), drelative
 
     dq = jnp.zeros_like(q.transpose(0, 1, 4, 2, 3), jnp.float32)  # [B, K, H, G, T]
     dk, dv = (jnp.zeros_like(x, jnp.float32) for x in (k, v))
-    dq, dk, dv = tiles.visit(step, (dq, dk, dv))
+    drelative = None
+    if operands.relative is not None:
+        drelative = jnp.zeros_like(_distances(operands, tiles, 0, 0)[0])
+    dq, dk, dv, drelative = tiles.visit(step, (dq, dk, dv, drelative))
     dq = dq[..., :t].transpose(0, 4, 1, 3, 2).reshape(b, t, n, h)
     dk, dv = (x[:, :, :s].swapaxes(1, 2) for x in (dk, dv))
-    return dq.astype(dtype), dk.astype(operands.k.dtype), dv.astype(operands.v.dtype)
+    found = dq.astype(dtype), dk.astype(operands.k.dtype), dv.astype(operands.v.dtype)
+    return found if drelative is None else (*found, drelative[:, rows + cols : -rows - cols])
+
+
+def _add_diagonals(
+    total: jax.Array, operands: Operands, tiles: _Tiles, dscores: jax.Array, *firsts: jax.Array
+) -> jax.Array:
+    """The gradient of padded `relative` with that of a tile, dscores [B, K, cols, G, rows]."""
+    rows, cols = tiles.rows, tiles.cols
+    tile = jnp.moveaxis(dscores.sum(axis=0), 1, 3).reshape(-1, rows, cols)
+    values = jax.ShapeDtypeStruct((tile.shape[0], rows + cols - 1), tile.dtype)
+    transposed = jax.linear_transpose(lambda x: _diagonals(x, rows, cols), values)
+    (sums,) = transposed(tile)
+    _, first = _distances(operands, tiles, *firsts)
+    old = dynamic_slice_in_dim(total, first, sums.shape[1], 1)
+    return dynamic_update_slice_in_dim(total, old + sums, first, 1)
 
 
 attend = functools.partial(flash.attend, flash.Passes(forward, backward))
