@@ -13,6 +13,7 @@ from jaxtune.checkpoint.adapter import save_adapter
 from jaxtune.checkpoint.adapter_slot import save_slot
 from jaxtune.checkpoint.hf_save import save_model
 from jaxtune.distributed import to_host
+from jaxtune.models.block import is_encoder_decoder
 from jaxtune.models.heads import TASKS, head_of
 from jaxtune.peft import adalora
 from jaxtune.tree import Params
@@ -29,7 +30,6 @@ def write_adapter(run: Run, params: Params, folder: Path) -> None:
     if adapters.method == "adalora":
         own = {name: to_host(params[name]) for name in sorted(run.trainable)}
         adapters, params = adalora.trimmed(adapters, params | own)
-    head = head_of(run.checkpoint.config)
     save_adapter(
         folder,
         params,
@@ -39,8 +39,16 @@ def write_adapter(run: Run, params: Params, folder: Path) -> None:
         run.stacks,
         base=run.checkpoint.name,
         revision=run.config.model.revision,
-        task_type="CAUSAL_LM" if head is None else TASKS[head.task].peft,
+        task_type=_task_type(run),
     )
+
+
+def _task_type(run: Run) -> str:
+    """What PEFT calls what the model does."""
+    head = head_of(run.checkpoint.config)
+    if head is not None:
+        return TASKS[head.task].peft
+    return "SEQ_2_SEQ_LM" if is_encoder_decoder(run.model_config) else "CAUSAL_LM"
 
 
 def _stored(run: Run, params: Params) -> dict[str, np.ndarray]:

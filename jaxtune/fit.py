@@ -12,8 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxtune import build, hardware, optim, peft
-from jaxtune.data import TokenBatch
+from jaxtune import build, data, hardware, optim, peft
 from jaxtune.distributed import smallest
 from jaxtune.errors import DoesNotFitError
 from jaxtune.log import info, warn
@@ -199,20 +198,27 @@ def _step(run: build.Run, tx: optax.GradientTransformation, schedule: optax.Sche
 
 def _step_for(batch: Any, compiled: Any, step: TrainStep) -> TrainStep:
     """The compiled program for batches of its shape; others are compiled as they come."""
-    shape = batch.tokens.shape
+    known = shapes(batch)
 
     def train_step(state: Any, frozen: Any, given: Any) -> tuple:
-        return (compiled if given.tokens.shape == shape else step)(state, frozen, given)
+        return (compiled if shapes(given) == known else step)(state, frozen, given)
 
     return train_step
 
 
-def abstract_batch(run: build.Run) -> TokenBatch:
+def shapes(batch: data.Batch) -> tuple[tuple[int, ...], ...]:
+    """Shapes of a batch's arrays: for others, a step is another program."""
+    return tuple(leaf.shape for leaf in jax.tree.leaves(batch))
+
+
+def abstract_batch(run: build.Run) -> data.Batch:
     """Shapes and shardings of the largest batch [A, B, T]."""
     train = run.config.train
     rows = train.micro_batch_size * rules.batch_shards(run.mesh)
     shape = (train.gradient_accumulation_steps, rows, run.config.data.max_seq_len)
     where = rules.sharding(shape, (None, "batch", "length"), run.mesh)
+    if run.config.objective.is_paired:
+        return _abstract_pairs(run, shape)
     kinds: dict[str, Any] = dict.fromkeys(("tokens", "positions", "segment_ids"), jnp.int32)
     kinds["weights"] = jnp.float32
     head = head_of(run.checkpoint.config)
@@ -225,4 +231,17 @@ def abstract_batch(run: build.Run) -> TokenBatch:
         shape = (shape[0], head.columns, *shape[1:])
         where = rules.sharding(shape, (None, None, "batch", "length"), run.mesh)
         leaves["labels"] = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=where)
-    return TokenBatch(**leaves)
+    return data.TokenBatch(**leaves)
+
+
+def _abstract_pairs(run: build.Run, shape: tuple[int, ...]) -> data.PairBatch:
+    """The batch of sources of a shape [A, B, S]."""
+
+    def leaf(length: int, kind: Any = jnp.int32) -> Any:
+        own = (*shape[:-1], length)
+        where = rules.sharding(own, (None, "batch", "length"), run.mesh)
+        return jax.ShapeDtypeStruct(own, kind, sharding=where)
+
+    source, target = shape[-1], run.config.data.max_target_len
+    ids = leaf(source), leaf(source), leaf(target), leaf(target)
+    return data.PairBatch(*ids, leaf(target, jnp.float32))

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
-from jaxtune import data, hardware
+from jaxtune import hardware
 from jaxtune.data import sources
 from jaxtune.errors import ConfigError, DataError, StorageError, run_command
 from jaxtune.infer import Session, load
@@ -267,7 +267,7 @@ def main() -> None:
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "stop")
     options = {name: getattr(arguments, name) for name in (*names, "seed")}
     if arguments.chat:
-        data.prompt_ids(session.tokenizer, [data.Message("user", "Hello")])  # or refuse now
+        session.check_chat()
         using = session if arguments.use is None else session.using(chosen(arguments.use))
         chat(using, arguments.system, options)
     elif arguments.file is not None:

@@ -59,7 +59,7 @@ class HeldOut:
         self._measured_at = step
         self._record(step, row)
 
-    def _batches(self, dataset: data.Dataset) -> Iterator[data.TokenBatch]:
+    def _batches(self, dataset: data.Dataset) -> Iterator[data.Batch]:
         config = self._run.config
         rows = config.eval.batch_size * batch_shards(self._run.mesh)
         held = self._run.held_rows(rows)
@@ -84,14 +84,11 @@ class HeldOut:
     def _generated(self, trainable: Params) -> tuple[list[str], dict[str, float]]:
         """The answers of a language model, and how many are exact."""
         rows, config = self._rows(), self._run.config.eval
-        prompts = [
-            data.prompt_ids(self._tokenizer, row.messages[:-1], tools=row.tools, raw=row.raw)
-            for row in rows
-        ]
+        prompts = [self._prompt_ids(row) for row in rows]
         outputs = generate(
             self._run.skeleton,
             {**self._frozen, **trainable},
-            [prompt.tolist() for prompt in prompts],
+            prompts,
             max_new_tokens=config.max_new_tokens,
             eos_ids=stop_ids(self._run.checkpoint, self._tokenizer),
             sampling=Sampling(),
@@ -102,6 +99,13 @@ class HeldOut:
             for answer, row in zip(answers, rows, strict=True)
         ]
         return answers, {"exact_match": sum(exact) / len(exact)}
+
+    def _prompt_ids(self, row: data.Example) -> list[int]:
+        """What stands before the last answer, as the model reads it."""
+        config, before = self._run.config, row.messages[:-1]
+        if config.objective.is_paired:
+            return data.source_ids(self._tokenizer, before, config.data.max_seq_len)
+        return data.prompt_ids(self._tokenizer, before, tools=row.tools, raw=row.raw).tolist()
 
     def _found(self, trainable: Params) -> tuple[list[str], dict[str, float]]:
         """The parts of contexts that answer questions, and SQuAD's measures of them."""

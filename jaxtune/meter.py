@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from jaxtune import tree
 from jaxtune.build import Run
 from jaxtune.checkpoint import hf
-from jaxtune.data import TokenBatch
+from jaxtune.data import Batch
 from jaxtune.errors import NumericsError
 from jaxtune.hardware import peak_flops
 from jaxtune.log import Log
@@ -70,7 +70,9 @@ class Meter:
         self.last: dict[str, float] = {}
         self._log, self._every = log, run.config.log.every_steps
         self._max_bad_steps = run.config.train.max_bad_steps
-        self._peak = None if peak is None else peak * devices.size
+        # A token meets the weights of the encoder or of the decoder, and which is not counted here.
+        counts = peak is not None and not run.config.objective.is_paired
+        self._peak = peak * devices.size if counts else None
         self._is_labelled = run.config.objective.is_labelled
         self._flops_per_token = flops_per_token(run, mean_length)
         self._waiting: tuple[int, dict[str, Any], int] | None = None
@@ -84,13 +86,13 @@ class Meter:
         self._waited += time.monotonic() - began
         return item
 
-    def add(self, step: int, metrics: dict[str, Any], batch: TokenBatch) -> None:
+    def add(self, step: int, metrics: dict[str, Any], batch: Batch) -> None:
         """Takes a step's metrics, still being computed; reports those of the step before.
 
         `batch` is that of all processes.
         """
         self.flush()
-        self._waiting = (step, metrics, batch.tokens.size)
+        self._waiting = (step, metrics, batch.size)
 
     def flush(self) -> None:
         """Reports the metrics that wait, if any.

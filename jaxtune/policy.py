@@ -12,6 +12,7 @@ from jaxtune import peft
 from jaxtune.checkpoint.hf import split_path
 from jaxtune.data.loader import LENGTH_STEP
 from jaxtune.errors import ConfigError
+from jaxtune.models.block import is_encoder_decoder
 from jaxtune.nn.params import Policy, suited_policy
 from jaxtune.nn.stack import period
 from jaxtune.objectives import OBJECTIVES, Objective
@@ -85,6 +86,8 @@ def resolve_policy(config: RunConfig, model_config: Any, mesh: Mesh) -> Policy:
     segments = _segments(config, model_config, mesh)
     chosen = segments | _cut_for_pipeline(config, model_config, mesh)
     chosen |= {name: getattr(model, name) for name in names if getattr(model, name) != "auto"}
+    if is_encoder_decoder(model_config):
+        chosen.setdefault("attention", "xla")  # the kernels have no bias by distance
     if config.peft.method == "full":
         chosen["param_dtype"] = "float32"
     chosen["sharding_stage"] = config.mesh.sharding_stage
@@ -97,6 +100,7 @@ def resolve_policy(config: RunConfig, model_config: Any, mesh: Mesh) -> Policy:
 def _differences(model_config: Any) -> str:
     """What layers that are not alike differ in, for messages."""
     words = {"rope": "rotation", "window": "windows", "dense": "experts, which some do not have"}
+    words["crosses"] = "what they attend to"
     kinds = model_config.layer_kinds
     differ = [word for name, word in words.items() if len({getattr(k, name) for k in kinds}) > 1]
     return " and ".join(differ)

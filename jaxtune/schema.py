@@ -17,6 +17,7 @@ DATA_FORMATS = (
 )
 # Objectives that learn labels, with a head of their own.
 LABELLED = ("sequence_classification", "token_classification", "question_answering")
+PAIRED = ("seq2seq",)  # objectives whose rows are a source and a target
 WEIGHTLESS = ("prefix", "prompt", "p_tuning", "reft")  # methods that change no weights
 QUANT_FORMATS = ("int8", "int8_block", "int4", "nf4", "fp4")
 
@@ -358,7 +359,18 @@ class Data:
         "value of the chat template's variable of that name (Qwen 3 and others): false puts an "
         "empty thought into the prompt, true or unset lets the answer begin with its thought",
     )
-    max_seq_len: int = _field(512, "tokens in a row, at most", low=8, high=1 << 20)
+    max_seq_len: int = _field(
+        512,
+        "tokens in a row, at most; with objective.name=seq2seq in a source",
+        low=8,
+        high=1 << 20,
+    )
+    max_target_len: int = _field(
+        128,
+        "tokens in a target with objective.name=seq2seq, at most, its EOS included",
+        low=8,
+        high=1 << 20,
+    )
     packing: bool = _field(True, "several examples in a row; false: one example a row")
     packer: str = _field(
         "best_fit",
@@ -461,8 +473,9 @@ class Objective:
         "sft",
         "sft: next-token cross-entropy on the trained tokens; sequence_classification: labels or "
         "scores of texts and pairs of texts; token_classification: labels of words; "
-        "question_answering: where in a context an answer starts and ends",
-        choices=("sft", *LABELLED),
+        "question_answering: where in a context an answer starts and ends; seq2seq: targets that "
+        "an encoder-decoder writes for sources",
+        choices=("sft", *LABELLED, *PAIRED),
     )
     labels: tuple[str, ...] = _field(
         (),
@@ -488,6 +501,11 @@ class Objective:
     def has_spans(self) -> bool:
         """Whether answers are parts of contexts."""
         return self.name == "question_answering"
+
+    @property
+    def is_paired(self) -> bool:
+        """Whether rows are a source and a target."""
+        return self.name in PAIRED
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -121,7 +121,7 @@ def make_train_step(
             **({"accuracy": sums["correct"] / weight} if "correct" in sums else {}),
             "grad_norm": norm,
             "learning_rate": schedule(_applied_steps(state.opt_state)),
-            "tokens": (batch.segment_ids > 0).sum(),
+            "tokens": batch.num_tokens,
             "targets": sums["weight"],
         }
         good = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)

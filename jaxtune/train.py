@@ -15,7 +15,7 @@ from typing import Any
 import jax
 
 import jaxtune
-from jaxtune import build, config, data, distributed, hardware, optim, process, tree
+from jaxtune import build, config, data, distributed, fit, hardware, optim, process, tree
 from jaxtune.checkpoint.adapted import require_mergeable
 from jaxtune.checkpoint.labels import labelling_of, with_labels
 from jaxtune.checkpoint.lock import NAME as LOCK
@@ -26,7 +26,6 @@ from jaxtune.checkpoint.store import Store
 from jaxtune.errors import ConfigError, run_command
 from jaxtune.exports import write_results
 from jaxtune.faults import fault
-from jaxtune.fit import fitted_step
 from jaxtune.held_out import HeldOut
 from jaxtune.log import Log, every_few_seconds, info, warn
 from jaxtune.meter import Meter
@@ -93,7 +92,7 @@ def _train(cfg: RunConfig, folder: Path, stop: StopSignal, watchdog: Watchdog) -
         cleanup.callback(store.close)
         schedule = optim.make_schedule(cfg.optim, num_steps)
         tx = build.make_optimizer(run, schedule, num_steps)
-        run, train_step = fitted_step(run, tx, schedule)
+        run, train_step = fit.fitted_step(run, tx, schedule)
         state, frozen, start, position = _fill(run, tx, store, tokenizer)
         # Not before: a refused run must not replace the config of the run that is there.
         if process.is_first():
@@ -117,7 +116,7 @@ def _train(cfg: RunConfig, folder: Path, stop: StopSignal, watchdog: Watchdog) -
             batch, position = meter.take(stream)
             if fault("step_pre", step):
                 batch = dataclasses.replace(batch, weights=batch.weights * float("nan"))
-            watchdog.start(step, batch.tokens.shape)
+            watchdog.start(step, fit.shapes(batch))
             state, metrics = train_step(state, frozen, batch)
             meter.add(step, metrics, batch)
             fault("step_post", step)
@@ -169,6 +168,7 @@ def _describe(
         vocab_size=vocab_size,
         num_virtual_tokens=run.skeleton.model(run.skeleton.abstract()).num_virtual_tokens,
         labelling=labelling_of(run.checkpoint),
+        paired=cfg.objective.is_paired,
     )
     rows = cfg.train.micro_batch_size * batch_shards(mesh)
     batches = data.make_loader(

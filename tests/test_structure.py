@@ -63,7 +63,7 @@ def test_every_family_has_a_row_and_the_four_parts():
         "moe_layout",
         "tables",
     }
-    shared |= {"encoder", "bert_layout", "heads"}
+    shared |= {"encoder", "bert_layout", "heads", "encoder_decoder", "t5_layout"}
     files = {path.stem for path in (PACKAGE / "models").glob("*.py")} - shared
     assert set(models.FAMILIES.values()) == files
     for name, module in models.FAMILIES.items():

@@ -173,6 +173,8 @@ def _targets(
     adapted: Sequence[Module], weights: Sequence[Weight], num_layers: int
 ) -> tuple[list[str], list[int] | None]:
     """target_modules and layers_to_transform: short names if all layers agree, else full names."""
+    if any(row.first for row in weights):  # PEFT's numbers of layers are of either stack
+        return sorted(module.name for module in adapted), None
     layers: dict[str, set[int]] = {}
     for module in adapted:
         if module.layer is not None:

@@ -42,6 +42,11 @@ def read_adapters(
         WeightError: see `read_config`; or targets that the base lacks.
     """
     name, fields = read_config(folder)
+    if fields.get("layers_to_transform") is not None and any(row.first for row in weights):
+        raise WeightError(
+            f"{folder / CONFIG_FILE}: layers_to_transform counts parts of an encoder's and a "
+            "decoder's layers alike - merge the adapter with PEFT and start from the merged model"
+        )
     method = METHODS[name]
     config = method.from_peft(fields)
     kernels = {row.ours for row in weights if is_matrix(row) and not is_head(row.ours)}

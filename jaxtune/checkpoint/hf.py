@@ -24,10 +24,12 @@ from jaxtune.models import read_config
 from jaxtune.models.base import Weight
 from jaxtune.quant import QArray, take_columns
 
-# Buffers that old versions of transformers saved; they follow from the config.
+# Buffers and copies that old versions of transformers saved, and T5's one bias that nobody reads.
 _HARMLESS = re.compile(
     r"(.*\.)?(rotary_emb\.inv_freq|rotary_pos_emb\.inv_freq|(attn|attention)\.(masked_)?bias"
-    r"|embeddings\.(position_ids|token_type_ids))"
+    r"|embeddings\.(position_ids|token_type_ids)"
+    r"|(encoder|decoder)\.embed_tokens\.weight"
+    r"|decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight)"
 )
 
 

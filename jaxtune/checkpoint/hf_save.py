@@ -159,7 +159,7 @@ def _matrices(weights: Sequence[Weight], num_layers: int) -> set[str]:
             "--quantize: bitsandbytes has no form for this family's matrices, which lie the other "
             "way round (Conv1D) - export them dense"
         )
-    return {row.hf.format(layer) for row in rows for layer in range(num_layers)}
+    return {name for row in rows for layer in range(num_layers) for name in row.names(layer)}
 
 
 def _outside(weights: Sequence[Weight]) -> list[str]:

@@ -13,6 +13,7 @@ from jaxtune import models, tree
 from jaxtune.checkpoint.hf import places, stored_shape
 from jaxtune.checkpoint.tensors import Checkpoint, TensorInfo
 from jaxtune.errors import ConfigError
+from jaxtune.models.block import is_encoder_decoder
 from jaxtune.models.heads import PATH, PROBLEMS, SPAN, TASKS, Head, Headed, head_of
 from jaxtune.nn.params import Policy
 
@@ -130,14 +131,20 @@ def _shapes(headed: Headed, model_config: Any) -> dict[str, tuple[int, ...]]:
 
 
 def _require_language_model(checkpoint: Checkpoint, objective: str) -> None:
-    """Raises ConfigError unless the model predicts next tokens."""
+    """Raises ConfigError unless the model predicts next tokens, of targets if it reads sources."""
     stored = head_of(checkpoint.config)
     if stored is not None:
         raise ConfigError(
             f"config.objective.name={objective}: {checkpoint.name} has a head for labels - set "
             f"objective.name={stored.task}, or take the model that it was made from"
         )
-    if not models.read_config(checkpoint.config, checkpoint.name)[1].causal:
+    model_config = models.read_config(checkpoint.config, checkpoint.name)[1]
+    if is_encoder_decoder(model_config) != (objective == "seq2seq"):
+        what = "has no encoder that reads sources - set objective.name=sft"
+        if objective != "seq2seq":
+            what = "reads a source and writes a target - set objective.name=seq2seq"
+        raise ConfigError(f"config.objective.name={objective}: {checkpoint.name} {what}")
+    if not model_config.causal:
         raise ConfigError(
             f"config.objective.name={objective}: {checkpoint.name} is an encoder, whose tokens see "
             f"later ones, so there is no next token to learn - set objective.name to one of "

@@ -131,6 +131,7 @@ def _open_folder(folder: Path, name: str) -> Checkpoint:
         hint = f"give one of its files: {', '.join(ggufs)}" if ggufs else "give a model folder"
         raise WeightError(f"{name} holds no config.json - {hint}")
     locations = _with_prefix(read_folder(folder), config)
+    config = _untied(config, locations)
     generation = _read_json(folder / "generation_config.json")
     tensors = {key: location.info for key, location in locations.items()}
 
@@ -162,6 +163,14 @@ def _with_prefix(locations: dict[str, Location], config: Mapping[str, Any]) -> d
         return locations
     heads = ("lm_head.", "cls.", "classifier.", "score.", "qa_outputs.")
     return {name if name.startswith(heads) else prefix + name: x for name, x in locations.items()}
+
+
+def _untied(config: dict[str, Any], locations: Mapping[str, Location]) -> dict[str, Any]:
+    """What transformers 5 writes of a T5 or mT5 with a head of its own, which it calls tied."""
+    own = config.get("model_type") == "mt5" or config.get("scale_decoder_outputs") is False
+    if own and config.get("is_encoder_decoder") and "lm_head.weight" in locations:
+        return config | {"tie_word_embeddings": False}
+    return config
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

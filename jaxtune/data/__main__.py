@@ -57,6 +57,7 @@ def _load(cfg: RunConfig) -> tuple[Any, Any, data.Dataset | None]:
         vocab_size=_vocab_size(checkpoint.config),
         num_virtual_tokens=cfg.peft.prompt_tokens,
         labelling=labelling_of(headed),
+        paired=cfg.objective.is_paired,
     )
     return tokenizer, *sets
 

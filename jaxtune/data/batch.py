@@ -48,3 +48,47 @@ class TokenBatch:
     weights: jax.Array | np.ndarray
     types: jax.Array | np.ndarray | None = None
     labels: jax.Array | np.ndarray | None = None
+
+    @property
+    def size(self) -> int:
+        """Places for tokens, padding included."""
+        return self.tokens.size
+
+    @property
+    def num_tokens(self) -> jax.Array | np.ndarray:
+        """Tokens that are not padding, a scalar."""
+        return (self.segment_ids > 0).sum()
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, slots=True)
+class PairBatch:
+    """Rows of one source and one target each; arrays [B, S] and [B, T], or behind an axis A.
+
+    Attributes:
+        source: int32 ids of the sources; padding is any valid id.
+        source_segments: int32, 1; 0 is padding.
+        tokens: int32 ids of the targets, each with the EOS that ends it.
+        segment_ids: int32, 1; 0 is padding.
+        weights: float32 weight of each token of a target. The objective shifts what the model
+            reads, so that output t is paired with token t.
+    """
+
+    source: jax.Array | np.ndarray
+    source_segments: jax.Array | np.ndarray
+    tokens: jax.Array | np.ndarray
+    segment_ids: jax.Array | np.ndarray
+    weights: jax.Array | np.ndarray
+
+    @property
+    def size(self) -> int:
+        """Places for tokens, padding included."""
+        return self.source.size + self.tokens.size
+
+    @property
+    def num_tokens(self) -> jax.Array | np.ndarray:
+        """Tokens of sources and targets that are not padding, a scalar."""
+        return (self.source_segments > 0).sum() + (self.segment_ids > 0).sum()
+
+
+Batch = TokenBatch | PairBatch

@@ -38,7 +38,7 @@ def tokenized(
     cfg: Data,
     tokenizer: Any,
     make: Callable[[Path], None],
-    labelling: Labelling | None = None,
+    meaning: Labelling | str | None = None,
 ) -> Tokenized:
     """The table of some sources: from the cache, or made now and kept there.
 
@@ -47,7 +47,7 @@ def tokenized(
         cfg: how they become rows, and where the cache is.
         tokenizer: with its chat template.
         make: writes the table into an empty folder.
-        labelling: of rows with labels, if they have them.
+        meaning: of rows that are no conversations or texts: how they are labelled, or "pairs".
     """
     root = _folder(cfg.cache)
     if root is None:
@@ -55,7 +55,7 @@ def tokenized(
         with tempfile.TemporaryDirectory(prefix="jaxtune-tokens-") as folder:
             make(Path(folder))
             return table.read(Path(folder))
-    entry = root / _key(found, cfg, tokenizer, labelling)
+    entry = root / _key(found, cfg, tokenizer, meaning)
     with _lock(entry.with_suffix(".lock")):
         try:
             return table.read(entry)
@@ -102,12 +102,14 @@ def _folder(name: str | None) -> Path | None:
     return None
 
 
-def _key(found: Sequence[Source], cfg: Data, tokenizer: Any, labelling: Labelling | None) -> str:
+def _key(
+    found: Sequence[Source], cfg: Data, tokenizer: Any, meaning: Labelling | str | None
+) -> str:
     files = [file for source in found for file in source.files]
     parts = row_options(cfg)
     parts |= {"sources": list(found), "files": sources.hash_files(files), "code": _code()}
     parts |= {"cuts": cfg.cuts_examples, "tokenizer": tokenizer_identity(tokenizer)}
-    parts["labelling"] = labelling
+    parts["meaning"] = meaning
     return hashlib.sha256(repr(sorted(parts.items())).encode()).hexdigest()
 
 

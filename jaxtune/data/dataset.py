@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from jaxtune.data import cache, formats, label_rows, mixtures, sources, table
+from jaxtune.data import cache, formats, label_rows, mixtures, pairs, sources, table
 from jaxtune.data.chunks import COUNTED, check_chunks, check_vocabulary
 from jaxtune.data.examples import Example
 from jaxtune.data.labelling import KINDS, Labelling
@@ -124,6 +124,7 @@ def load(
     vocab_size: int,
     num_virtual_tokens: int = 0,
     labelling: Labelling | None = None,
+    paired: bool = False,
 ) -> tuple[Dataset | Stream, Dataset | None]:
     """Reads and tokenizes the training and held-out data, or finds them in the cache.
 
@@ -137,6 +138,7 @@ def load(
         num_virtual_tokens: places of a prompt at the start of every example; max_seq_len counts
             them too.
         labelling: of rows with labels; None: conversations and texts.
+        paired: what stands before an answer is a source, and the answer its target.
 
     Returns:
         The training set, and the held-out set if the config asks for one.
@@ -150,7 +152,7 @@ def load(
     if not cfg.train:
         raise ConfigError("data.train is empty - name at least one file of training data")
     # A template or function that cannot be used is named before files are read.
-    if labelling is None:
+    if labelling is None and not paired:
         chat_of(tokenizer)
     if cfg.function is not None:
         formats.row_function(cfg.function)
@@ -163,6 +165,7 @@ def load(
         vocab_size=vocab_size,
         room=num_virtual_tokens,
         labelling=labelling,
+        paired=paired,
     )
     held_out = tokenized(held_out_found) if held_out_found else None
     measured = held_out and held_out.dataset(np.ones(len(held_out.is_bad), bool))
@@ -187,12 +190,15 @@ class _Sources:
         vocab_size: int,
         room: int,
         labelling: Labelling | None,
+        paired: bool,
     ):
-        self._found, self._cfg, self._room = found, cfg, room
+        self._found, self._cfg, self._room, self._paired = found, cfg, room, paired
         self._kind = Example if labelling is None else KINDS[labelling.objective]
         self._tokenizer = cache.tokenizer_identity(tokenizer)
 
         def make(records: Iterator[Any]) -> Iterator[Chunk]:
+            if paired:
+                return pairs.make_chunks(records, tokenizer, cfg)
             if labelling is None:
                 return make_chunks(records, tokenizer, cfg)
             return label_rows.make_chunks(records, tokenizer, cfg, labelling)
@@ -202,7 +208,7 @@ class _Sources:
             cfg,
             tokenizer,
             lambda folder: _write(folder, found, cfg, self._kind, make),
-            labelling,
+            "pairs" if paired else labelling,
         )
         check_vocabulary(self._made.highest, tokenizer, vocab_size)
         self.is_bad = self._made.counts[:, COUNTED.index("bad")] > 0
@@ -243,7 +249,7 @@ class _Sources:
             names = ", ".join(source.name for source in self._found)
             raise DataError(f"{names}: no usable row{_why_none(stats)}")
         return Dataset(
-            rows=dataclasses.replace(chosen, room=self._room),
+            rows=dataclasses.replace(chosen, room=self._room, paired=self._paired),
             fingerprint=self._fingerprint(part),
             tokenizer=self._tokenizer,
             stats=stats,

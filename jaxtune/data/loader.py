@@ -8,8 +8,9 @@ only its own share of each batch, so all processes always agree on the number of
 An epoch shows every example exactly once: its last batch is filled up with empty rows.
 """
 
+import functools
 import math
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,10 +18,11 @@ import jax
 import numpy as np
 
 from jaxtune.data.ahead import ahead
-from jaxtune.data.batch import TokenBatch
+from jaxtune.data.batch import Batch, TokenRow
 from jaxtune.data.dataset import Dataset
 from jaxtune.data.lanes import Lanes
 from jaxtune.data.packing import Plan, cut_row, make_plan, stack_rows
+from jaxtune.data.pairs import longest, stack_pairs
 from jaxtune.data.position import Position, check_position
 from jaxtune.data.stream import Stream
 from jaxtune.schema import Data
@@ -57,7 +59,7 @@ class Loader:
         return steps + (math.ceil(part * self._steps_in(whole)) if part > 0 else 0)
 
     def batches(
-        self, position: Position | None = None, place: Callable[[TokenBatch], Any] = lambda b: b
+        self, position: Position | None = None, place: Callable[[Batch], Any] = lambda b: b
     ) -> Generator[tuple[Any, Position], None, None]:
         """Yields, without end, a step's batch [A, held rows, T] and the position after it.
 
@@ -78,7 +80,7 @@ class Loader:
         """The position for a checkpoint, which is the same in every process."""
         return position
 
-    def one_pass(self) -> Iterator[TokenBatch]:
+    def one_pass(self) -> Iterator[Batch]:
         """Yields batches [held rows, T] of every row once, in the order of the first epoch."""
         plan = self._plan_of(0)
         for first in range(0, len(plan), self.rows):
@@ -90,7 +92,7 @@ class Loader:
             check_position(position, self._position(0, 0))
         return position
 
-    def _generate(self, position: Position) -> Iterator[tuple[TokenBatch, Position]]:
+    def _generate(self, position: Position) -> Iterator[tuple[Batch, Position]]:
         epoch, first = position["epoch"], position["row"]
         count = self.rows * self.accumulation
         while True:
@@ -129,22 +131,49 @@ class Loader:
             order = np.random.default_rng([self.seed, epoch]).permutation(len(order)).tolist()
         return make_plan(lengths, order, self.cfg)
 
-    def _build(self, plan: Plan, first: int, accumulation: int) -> TokenBatch:
+    def _build(self, plan: Plan, first: int, accumulation: int) -> Batch:
         """The arrays [A, held rows, T] of this process's share of A * B rows of the plan."""
-        length = self.cfg.max_seq_len
         count = accumulation * self.rows
-        if not self.cfg.packing and self.cfg.pad_to == "longest":
-            stops = plan.pieces[first : first + count, 2]  # a row holds one example
-            length = min(length, math.ceil(int(stops.max()) / LENGTH_STEP) * LENGTH_STEP)
-        columns = self.dataset.rows.label_columns
+        stack = self._stacker(plan.pieces[first : first + count])
         passes = []
         for start in range(first, first + count, self.rows):
             own = [
                 cut_row(self.dataset.rows, plan, start + row, self.cfg.isolated)
                 for row in self.held
             ]
-            passes.append(stack_rows(own, length, self.cfg.loss_weights, columns))
+            passes.append(stack(own))
         return jax.tree.map(lambda *parts: np.stack(parts), *passes)
+
+    def _stacker(self, pieces: np.ndarray) -> Callable[[Sequence[Sequence[TokenRow]]], Batch]:
+        """What makes arrays of rows, as long as all rows of a step need.
+
+        Args:
+            pieces: those of the plan, of the rows in all processes if they hold one example each.
+        """
+        cfg, table = self.cfg, self.dataset.rows
+        varies = not cfg.packing and cfg.pad_to == "longest"
+        if table.paired:
+            most = cfg.max_seq_len, cfg.max_target_len
+            needed = longest(table, pieces[:, 0].tolist()) if varies else most
+            source, target = map(_rounded, needed, most)
+            return functools.partial(
+                stack_pairs,
+                source_length=source,
+                target_length=target,
+                loss_weights=cfg.loss_weights,
+            )
+        length = _rounded(int(pieces[:, 2].max()), cfg.max_seq_len) if varies else cfg.max_seq_len
+        return functools.partial(
+            stack_rows,
+            length=length,
+            loss_weights=cfg.loss_weights,
+            label_columns=table.label_columns,
+        )
+
+
+def _rounded(length: int, most: int) -> int:
+    """The length that rows are padded to, at most so much."""
+    return min(most, math.ceil(length / LENGTH_STEP) * LENGTH_STEP)
 
 
 def make_loader(

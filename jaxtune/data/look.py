@@ -51,9 +51,10 @@ def padding(table: TokenTable, cfg: Data, seed: int) -> str:
     """How much of an epoch's rows is padding, packed as the config says."""
     order = np.random.default_rng([seed, 0]).permutation(len(table)).tolist()
     num_rows = len(make_plan(table.lengths, order, cfg))
-    share = 1 - table.lengths.sum() / (num_rows * cfg.max_seq_len)
+    length = cfg.max_seq_len + (cfg.max_target_len if table.paired else 0)
+    share = 1 - table.lengths.sum() / (num_rows * length)
     how = cfg.packer if cfg.packing else "one example a row"
-    text = f"{num_rows} rows of {cfg.max_seq_len} tokens ({how}), {share:.2%} padding"
+    text = f"{num_rows} rows of {length} tokens ({how}), {share:.2%} padding"
     if not cfg.packing and cfg.pad_to == "longest":
         text += " at most: data.pad_to=longest cuts it by batch"
     return text

@@ -77,6 +77,7 @@ class TokenTable:
         lengths: int64 [R], tokens of each row.
         room: places of a prompt before each row, which the arrays do not hold.
         labelled: what rows with labels have besides; None: they have none.
+        paired: rows are a source, which is not trained, and its target behind it.
     """
 
     tokens: np.ndarray
@@ -85,6 +86,7 @@ class TokenTable:
     lengths: np.ndarray
     room: int = 0
     labelled: RowLabels | None = None
+    paired: bool = False
 
     @property
     def label_columns(self) -> int:

@@ -14,6 +14,7 @@ from jaxtune.checkpoint.adapter import Adapter, first_values, load_adapter
 from jaxtune.checkpoint.tensors import Checkpoint
 from jaxtune.log import warn
 from jaxtune.models.base import Weight
+from jaxtune.models.block import is_encoder_decoder
 from jaxtune.nn import quantized
 from jaxtune.nn.params import suited_policy
 from jaxtune.nn.stack import stack_sizes
@@ -79,7 +80,11 @@ def open_base(checkpoint: Checkpoint, dtype: str | None, mesh: Mesh) -> Base:
     """
     family, config = models.read_config(checkpoint.config, checkpoint.name)
     platform = mesh.devices.flat[0].platform
-    policy = suited_policy(platform, mesh=mesh, compute_dtype=dtype, remat="none")
+    # The kernels have no bias by distance.
+    attention = "xla" if is_encoder_decoder(config) else None
+    policy = suited_policy(
+        platform, mesh=mesh, compute_dtype=dtype, remat="none", attention=attention
+    )
     stacks = stack_sizes(config.num_layers, policy, config.layer_kinds)
     weights = family.weights(config)
 

@@ -31,6 +31,7 @@ from jaxtune.infer.batching import (
     rounded_length,
 )
 from jaxtune.infer.sampling import Sampling, sample
+from jaxtune.models.block import is_encoder_decoder
 from jaxtune.nn.cache import KVCache
 from jaxtune.sharding import rules
 from jaxtune.tree import Skeleton
@@ -49,7 +50,7 @@ class Rows:
     """A batch on its way.
 
     Attributes:
-        cache: keys and values.
+        cache: keys and values; of an encoder-decoder a `SourceCache`.
         pad: int32 [B], padding before each prompt and its virtual tokens.
         limit: int32 [B], new tokens allowed.
         keys: a random key for each row, [B].
@@ -60,7 +61,7 @@ class Rows:
         seen: bool [B, V], tokens that have occurred; None without a repetition penalty.
     """
 
-    cache: KVCache
+    cache: Any
     pad: jax.Array
     limit: jax.Array
     keys: jax.Array
@@ -118,7 +119,7 @@ def generate(
     Args:
         skeleton: the model. Programs are compiled for this very object: keep it for the next call.
         params: its parameters, of any sharding over one mesh.
-        prompts: token ids, at least one each.
+        prompts: token ids, at least one each; of an encoder-decoder the sources.
         max_new_tokens: so many for each prompt at most; fewer where the model's positions end.
         eos_ids: tokens that end an answer.
         sampling: how tokens are chosen.
@@ -139,10 +140,14 @@ def generate(
     row_multiple = 1 if program.mesh is None else rules.batch_shards(program.mesh)
     eos = np.array(sorted(eos_ids) or [-1], np.int32)
     results: list[list[int]] = [[] for _ in prompts]
+    reads_sources = is_encoder_decoder(model.config)
+    start = _start_target if reads_sources else _start
+    # What has occurred is what the model has written, which does not have the source in it.
+    before = [[model.config.start_token]] * len(prompts) if reads_sources else prompts
     for batch in make_batches(prompts, max_new_tokens, model, row_multiple):
-        logits, rows = _start(program, params, batch, seed)
+        logits, rows = start(program, params, batch, seed)
         if sampling.repetition_penalty is not None:
-            seen = occurrences(prompts, batch, model.config.vocab_size)
+            seen = occurrences(before, batch, model.config.vocab_size)
             rows = dataclasses.replace(rows, seen=program.put(seen))
         rows = _first(rows, logits, sampling, eos)
         decode = functools.partial(_decode, program, params, sampling=sampling, eos=eos)
@@ -165,10 +170,12 @@ def score(
         float32 [B, T, V].
 
     Raises:
-        ConfigError: as for `generate`.
+        ConfigError: as for `generate`, or the model reads sources.
     """
     program = _Program(skeleton, _mesh(params))
     model = skeleton.model(skeleton.abstract())
+    if is_encoder_decoder(model.config):
+        raise ConfigError("logits of an encoder-decoder are of targets - use generate")
     check_ids(tokens, "input_ids", model.config)
     virtual, length = model.num_virtual_tokens, tokens.shape[1]
     behind = rounded_length(virtual + length) - virtual - length
@@ -199,9 +206,26 @@ def _start(
         piece = program.put(batch.tokens[:, start : start + PIECE])
         logits, cache = _read(program, params, cache, piece, pad, prompts)
     assert logits is not None  # no prompt is empty
+    return logits, _fresh(program, batch, cache, pad, seed)
+
+
+def _start_target(
+    program: _Program, params: Mapping[str, Any], batch: Batch, seed: int
+) -> tuple[jax.Array, Rows]:
+    """Reads the sources; the logits of the first tokens of the targets, and fresh rows."""
+    is_token = np.arange(batch.tokens.shape[1]) >= batch.pad[:, None]
+    given = program.put(batch.tokens), program.put(is_token.astype(np.int32))
+    logits, cache = _encode(program, params, *given, slots=batch.new_slots + 1)
+    pad = program.put(np.zeros_like(batch.pad))  # every target begins in the first slot
+    return logits, _fresh(program, batch, cache, pad, seed)
+
+
+def _fresh(program: _Program, batch: Batch, cache: Any, pad: jax.Array, seed: int) -> Rows:
+    """Rows of a batch that have no new tokens yet."""
+    num_rows = len(batch.tokens)
     indices = np.zeros(num_rows, np.int32)
     indices[: len(batch.indices)] = batch.indices
-    return logits, Rows(
+    return Rows(
         cache=cache,
         pad=pad,
         limit=program.put(batch.limit),
@@ -257,11 +281,11 @@ def advance(rows: Rows, logits: jax.Array, sampling: Sampling, eos: jax.Array) -
 def _forward(
     program: _Program,
     params: Mapping[str, Any],
-    cache: KVCache,
+    cache: Any,
     tokens: jax.Array,
     pad: jax.Array,
     prompts: jax.Array | None = None,
-) -> tuple[jax.Array, KVCache]:
+) -> tuple[jax.Array, Any]:
     """Logits [B, V] after the last of tokens [B, T], which are appended to the cache.
 
     Of prompts `prompts` are the lengths [B, 1]; None: the tokens are new ones.
@@ -282,6 +306,23 @@ def _score(
     prompts = mask.sum(axis=1, keepdims=True)
     hidden, _ = model.hidden(tokens, positions, mask.astype(jnp.int32), prompts=prompts)
     return model.logits(hidden)
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames="slots")
+def _encode(
+    program: _Program,
+    params: Mapping[str, Any],
+    tokens: jax.Array,
+    segment_ids: jax.Array,
+    *,
+    slots: int,
+) -> tuple[jax.Array, Any]:
+    """Logits [B, V] after the start token, and the cache of sources [B, S] with its room."""
+    model = program.skeleton.model(params)
+    cache = model.start(tokens, segment_ids, slots)
+    rows = len(tokens)
+    first = jnp.full((rows, 1), model.config.start_token, jnp.int32)
+    return _forward(program, params, cache, first, jnp.zeros(rows, jnp.int32))
 
 
 _read = jax.jit(_forward, static_argnums=0, donate_argnums=2)

@@ -21,6 +21,7 @@ from jaxtune.infer.base import Base, open_base
 from jaxtune.infer.sampling import make_sampling
 from jaxtune.infer.text import cut, settled
 from jaxtune.models import read_config
+from jaxtune.models.block import is_encoder_decoder
 from jaxtune.models.heads import head_of
 from jaxtune.sharding.mesh import make_mesh
 from jaxtune.tree import Params, Skeleton
@@ -106,7 +107,8 @@ class Session:
 
         Args:
             prompts: one prompt or several: a text is continued as it is; a conversation goes
-                through the chat template and is answered.
+                through the chat template and is answered. To an encoder-decoder both are sources,
+                for which it writes the targets.
             max_new_tokens: longest answer, in tokens.
             temperature: 0: always the likeliest token.
             top_k: draw among the k likeliest tokens; 0: all.
@@ -159,6 +161,10 @@ class Session:
                     stream(i, answer[told[i] :])
         return answers
 
+    def check_chat(self) -> None:
+        """Raises ConfigError if the model cannot be talked with: its template is unusable."""
+        self._encode([{"role": "user", "content": "Hello"}])
+
     def _encode(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):
             return self.tokenizer(prompt).input_ids
@@ -168,6 +174,9 @@ class Session:
             raise ConfigError(
                 f"prompt {prompt!r} - a message needs the fields role and content"
             ) from error
+        checkpoint = self.base.checkpoint
+        if is_encoder_decoder(read_config(checkpoint.config, checkpoint.name)[1]):
+            return data.source_ids(self.tokenizer, messages)
         return data.prompt_ids(self.tokenizer, messages).tolist()
 
     def _decode(self, ids: Sequence[int]) -> str:

@@ -33,6 +33,7 @@ FAMILIES = {
     "llama": "llama",
     "mistral": "mistral",
     "mixtral": "mixtral",
+    "mt5": "mt5",
     "olmo2": "olmo2",
     "opt": "opt",
     "phi3": "phi3",
@@ -43,6 +44,7 @@ FAMILIES = {
     "qwen3_moe": "qwen3_moe",
     "roberta": "roberta",
     "stablelm": "stablelm",
+    "t5": "t5",
 }
 
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from jaxtune import models
 from jaxtune.errors import run_command
+from jaxtune.models.block import is_encoder_decoder
 
 
 class Family(NamedTuple):
@@ -48,6 +49,8 @@ def _family(name: str) -> Family:
 
 def _positions(config: Any) -> str:
     kinds = set(config.layer_kinds)
+    if is_encoder_decoder(config):
+        return "buckets of distances; an encoder and a decoder"
     if config.position_rows:
         return "learned" if config.causal else "learned; an encoder"
     if config.alibi is not None:

@@ -42,6 +42,7 @@ class Weight(NamedTuple):
             order; None: all.
         experts: in how many tensors, each of one expert, the parameter of a layer lies; their name
             has a second `{}`. 0: in one.
+        first: the layer that Hugging Face numbers 0, of a decoder behind an encoder.
     """
 
     ours: str
@@ -49,12 +50,14 @@ class Weight(NamedTuple):
     change: Change
     columns: np.ndarray | None = None
     experts: int = 0
+    first: int = 0
 
     def names(self, layer: int | None) -> list[str]:
         """Hugging Face's names of the tensors that hold the parameter of a layer."""
+        number = None if layer is None else layer - self.first
         if self.experts:
-            return [self.hf.format(layer, expert) for expert in range(self.experts)]
-        return [self.hf.format(layer)]
+            return [self.hf.format(number, expert) for expert in range(self.experts)]
+        return [self.hf.format(number)]
 
     def take(self, array: np.ndarray) -> np.ndarray:
         """Our parameter of one layer, from Hugging Face's tensor."""

@@ -29,11 +29,23 @@ class LayerKind:
         rope: how heads are rotated; None: not at all.
         window: how far back a token sees (see `ops.attention.Mask`); None: to the first.
         dense: the layer has an MLP where others have a mixture of experts.
+        crosses: the layer also attends to what an encoder made of another text.
     """
 
     rope: Rope | None = None
     window: int | None = None
     dense: bool = False
+    crosses: bool = False
+
+    @property
+    def form(self) -> tuple[bool, bool]:
+        """Equal for layers that have the same parameters."""
+        return self.dense, self.crosses
+
+
+def is_encoder_decoder(config: Any) -> bool:
+    """Whether a model of a family's config reads a source and writes a target."""
+    return any(kind.crosses for kind in config.layer_kinds)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +85,8 @@ def unchanged(x: jax.Array) -> jax.Array:
     return x
 
 
-def _mlp(config: BlockConfig, policy: Policy, rngs: nnx.Rngs) -> nnx.Module:
+def mlp_of(config: BlockConfig, policy: Policy, rngs: nnx.Rngs) -> nnx.Module:
+    """The MLP of a layer, or the mixture in its place."""
     if config.moe is not None:
         return MoE(
             config.hidden_size, config.moe, activation=config.activation, policy=policy, rngs=rngs
@@ -98,7 +111,7 @@ class Block(nnx.Module):
         self.attn = attention(config, policy=policy, rngs=rngs)
         self.attn_post_norm = _norm("attn_post_norm", config, policy)
         self.mlp_norm = _norm("mlp_norm", config, policy)
-        self.mlp = _mlp(config, policy, rngs)
+        self.mlp = mlp_of(config, policy, rngs)
         self.mlp_post_norm = _norm("mlp_post_norm", config, policy)
 
     def __call__(
@@ -130,7 +143,7 @@ class ParallelBlock(nnx.Module):
         self.attn = Attention(config, policy=policy, rngs=rngs)
         self.is_shared = "mlp_norm" not in config.norms
         self.mlp_norm = _norm("mlp_norm", config, policy)
-        self.mlp = _mlp(config, policy, rngs)
+        self.mlp = mlp_of(config, policy, rngs)
 
     def __call__(self, x: jax.Array, *inputs: Any, **options: Any) -> tuple[jax.Array, Any]:
         """The output and the new cache; `inputs` and `options` are those of `Attention`."""

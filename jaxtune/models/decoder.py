@@ -17,7 +17,7 @@ from flax import nnx
 from jaxtune import ops
 from jaxtune.models.block import Block, BlockConfig, LayerKind, unchanged
 from jaxtune.nn.attention import Segments, shifted_groups
-from jaxtune.nn.cache import KeysValues, KVCache, Past, append, prefixes
+from jaxtune.nn.cache import KeysValues, KVCache, Past, prefixes
 from jaxtune.nn.embed import Embed
 from jaxtune.nn.linear import Linear
 from jaxtune.nn.norm import NORMS
@@ -204,13 +204,7 @@ class Decoder(nnx.Module):
         x, new = scan_layers(self.layers, x, rows, apply, past, self.policy, kinds)
         if cache is not None and segment_ids is not None:
             # Once, after all layers: XLA copies a buffer that is read and written in one layer.
-            length = cache.length
-            cache = KVCache(
-                k=[append(old, k, length, 3) for old, (k, _) in zip(cache.k, new, strict=True)],
-                v=[append(old, v, length, 3) for old, (_, v) in zip(cache.v, new, strict=True)],
-                segment_ids=append(cache.segment_ids, segment_ids, length, 1),
-                length=length + tokens.shape[1],
-            )
+            cache = cache.appended(new, segment_ids)
         x = self.norm(x)
         if self.config.head_bias:
             x = jnp.concatenate([x, jnp.ones_like(x[..., :1])], axis=-1)
@@ -245,10 +239,7 @@ class Decoder(nnx.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """[..., D] -> float32 [..., V]."""
-        weight, transposed = self.head()
-        weight = weight.astype(hidden.dtype)
-        products = ops.dot(hidden, weight.T if transposed else weight, jnp.float32)
-        return self.config.logits.of(products)
+        return logits_of(hidden, self.head(), self.config.logits)
 
     def make_cache(self, batch: int, length: int) -> KVCache:
         """An empty cache of `length` slots."""
@@ -261,6 +252,14 @@ class Decoder(nnx.Module):
             head_dim=c.head_dim,
             dtype=self.policy.compute_dtype,
         )
+
+
+def logits_of(hidden: jax.Array, head: tuple[jax.Array, bool], form: ops.Logits) -> jax.Array:
+    """float32 [..., V] of hidden states [..., D], by a model's `head()`."""
+    weight, transposed = head
+    weight = weight.astype(hidden.dtype)
+    products = ops.dot(hidden, weight.T if transposed else weight, jnp.float32)
+    return form.of(products)
 
 
 def _matrix(layer: Any, weight: jax.Array) -> jax.Array:

@@ -175,8 +175,8 @@ def headed(family: Any, config: Any, head: Head) -> tuple[Headed, Any]:
     if head.task not in forms:
         name = family.TINY["model_type"]
         raise ConfigError(
-            f"objective.name={head.task} is not supported for {name}, which is a decoder - use a "
-            "model that sees both ways (bert, roberta, electra)"
+            f"objective.name={head.task} is not supported for {name} - use a model that sees both "
+            "ways and writes nothing (bert, roberta, electra)"
         )
     if not config.causal:
         return Headed(family, forms[head.task], head), config

@@ -12,6 +12,7 @@ import jax
 
 from jaxtune.objectives.classification import classification
 from jaxtune.objectives.question_answering import question_answering
+from jaxtune.objectives.seq2seq import seq2seq
 from jaxtune.objectives.sft import sft
 
 # (model, batch) -> the sum, and other sums by name
@@ -23,5 +24,6 @@ OBJECTIVES = MappingProxyType(
         "sequence_classification": classification,
         "token_classification": classification,
         "question_answering": question_answering,
+        "seq2seq": seq2seq,
     }
 )

@@ -40,8 +40,34 @@ def sft(
     # Output t predicts token t + 1; the last column has no target.
     targets = jnp.roll(batch.tokens, -1, axis=1)
     weights = jnp.roll(batch.weights, -1, axis=1).at[:, -1].set(0.0)
+    loss, correct = token_loss(
+        model, hidden, targets, weights, loss_dtype=loss_dtype, cross_entropy=cross_entropy
+    )
+    if imbalance:
+        loss += imbalance * (weights * uneven).sum()
+    return loss, {"weight": weights.sum(), "correct": correct}
+
+
+def token_loss(
+    model: Any,
+    hidden: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array,
+    *,
+    loss_dtype: DTypeLike,
+    cross_entropy: str,
+) -> tuple[jax.Array, jax.Array]:
+    """Sum of weight * -log p(target), and weight of the targets that have the largest logit.
+
+    Args:
+        model: whose head multiplies with the hidden states.
+        hidden: [B, T, D].
+        targets: int32 [B, T], what the output at each place should be.
+        weights: float32 [B, T].
+        loss_dtype, cross_entropy: as of `sft`.
+    """
     weight, transposed = model.head()
-    loss, correct = ops.cross_entropy(
+    return ops.cross_entropy(
         hidden,
         weight,
         targets,
@@ -52,9 +78,6 @@ def sft(
         shardings=_shardings(hidden, weight, transposed, model.policy),
         implementation=cross_entropy,
     )
-    if imbalance:
-        loss += imbalance * (weights * uneven).sum()
-    return loss, {"weight": weights.sum(), "correct": correct}
 
 
 def _prompts(batch: Any) -> jax.Array:

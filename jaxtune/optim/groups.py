@@ -7,12 +7,13 @@ from jaxtune.schema import Optim
 
 
 def is_kernel(names: tuple[str | None, ...]) -> bool:
-    """Whether axes are those of a layer's matrix: two or more, and none counts tokens or scores.
+    """Whether axes are those of a layer's matrix: two or more, and none counts tokens, scores or
+    buckets of distances.
 
     Matrices of scores, of a head for labels or a router, are as the vocabulary's; a gate has one
     output.
     """
-    return len(names) >= 2 and not {"vocab", "tokens", "scores", "gate"} & set(names)
+    return len(names) >= 2 and not {"vocab", "tokens", "scores", "gate", "buckets"} & set(names)
 
 
 def rate_factors(config: Optim, axes: Mapping[str, tuple[str | None, ...]]) -> dict[str, float]:

@@ -186,8 +186,9 @@ def plan(cfg: RunConfig, topology: str, devices: list[Any]) -> Plan:
         "adapters": run.trainable | run.taken,
         "optimizer": state.opt_state,
     }
-    accumulation, rows, length = fit.abstract_batch(run).tokens.shape
-    tokens = accumulation * rows * length
+    batch = fit.abstract_batch(run)
+    accumulation, rows, _ = batch.tokens.shape
+    tokens, length = batch.size, batch.size // (accumulation * rows)
     model_flops = flops_per_token(run, length) * tokens
     peak = hardware.peak_flops(devices[0], "bfloat16")
     mesh = dict(run.mesh.shape)

@@ -2,7 +2,8 @@
 
 import re
 
-from jaxtune import weightless
+from jaxtune.conflicts.objectives import labelled, paired
+from jaxtune.conflicts import weightless
 from jaxtune.errors import nearest
 from jaxtune.schema import FETCHING, QUANT_FORMATS, WEIGHTLESS, Peft, Quant, RunConfig
 
@@ -77,7 +78,7 @@ def contradictions(config: RunConfig) -> list[str]:
             "which is 0 - set both"
         )
     problems += _bad_data(c)
-    problems += weightless.contradictions(c) + _groups(c) + _labelled(c) + _unread(c)
+    problems += weightless.contradictions(c) + _groups(c) + labelled(c) + paired(c) + _unread(c)
     axes = c.mesh.axes()
     problems += [f"config.mesh.{name}=0: must be -1 or >= 1" for name, n in axes.items() if n == 0]
     if list(axes.values()).count(-1) > 1:
@@ -241,37 +242,6 @@ def _groups(c: RunConfig) -> list[str]:
     return problems
 
 
-def _labelled(c: RunConfig) -> list[str]:
-    """What does not go with rows that have labels instead of answers."""
-    if not c.objective.is_labelled:
-        return []
-    objective, problems = f"objective.name={c.objective.name}", []
-    if c.eval.exact_match and not c.objective.has_spans:
-        problems.append(f"config.eval.exact_match: {objective} gives no answers - turn it off")
-    if c.data.streaming:
-        problems.append(f"config.data.streaming: {objective} reads all labels first - turn it off")
-    if c.data.cuts_examples or not c.data.isolated:
-        problems.append(
-            f"config.data: {objective} looks at whole examples - set data.isolated=true and "
-            "another data.packer than concat"
-        )
-    suited = ("truncate_right", "drop", "error", *(("split",) if c.objective.has_spans else ()))
-    if c.data.overlong not in suited:
-        problems.append(
-            f"config.data.overlong={c.data.overlong} is for conversations and texts, and "
-            f"{objective} has rows with labels - choose one of {', '.join(suited)}"
-        )
-    if c.peft.method in (*WEIGHTLESS, "tokens"):
-        problems.append(
-            f"config.peft.method={c.peft.method} has no place for the head that {objective} trains "
-            "- choose lora, or another method that changes weights"
-        )
-    if c.train.attention_group:
-        problems.append(f"config.train.attention_group is for objective.name=sft, not {objective}")
-    if c.train.router_aux_loss:
-        problems.append(f"config.train.router_aux_loss is for objective.name=sft, not {objective}")
-    if len(set(c.objective.labels)) < len(c.objective.labels):
-        problems.append(f"config.objective.labels={c.objective.labels}: a name stands there twice")
     return problems
 
 
@@ -290,15 +260,18 @@ def _unread(c: RunConfig) -> list[str]:
     whole = f"peft.method={c.peft.method} trains weights of the model"
     no_b = f"peft.method={c.peft.method} has no A and B"
     projection = ("projection_rank", "projection_gap", "projection_scale")
-    objective, labelled = f"objective.name={c.objective.name}", c.objective.is_labelled
+    objective = f"objective.name={c.objective.name}"
+    has_labels, has_pairs = c.objective.is_labelled, c.objective.is_paired
     chat = ("template", "enable_thinking", "train_on", "max_source_len", "workers")
     one_label = c.objective.name in ("sequence_classification", "question_answering")
-    no_classes = c.objective.name in ("sft", "question_answering")
+    no_classes = c.objective.name in ("sft", "question_answering") or has_pairs
     no_problem = c.objective.name != "sequence_classification"
     rules = (
-        (labelled, "data", chat, f"{objective} has no conversations"),
+        (has_labels, "data", chat, f"{objective} has no conversations"),
+        (has_pairs, "data", chat, f"{objective} joins the texts before an answer as they are"),
+        (not has_pairs, "data", ("max_target_len",), "only objective.name=seq2seq has targets"),
         (one_label, "data", ("loss_weights",), "an example has one label"),
-        (labelled, "model", ("loss_dtype", "cross_entropy"), f"{objective} has few logits"),
+        (has_labels, "model", ("loss_dtype", "cross_entropy"), f"{objective} has few logits"),
         (no_classes, "objective", ("labels",), f"{objective} has no classes"),
         (no_problem, "objective", ("problem_type",), "only sequence_classification has several"),
         (c.peft.method in WHOLE, "model", ("offload_frozen",), whole),
