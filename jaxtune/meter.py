@@ -71,8 +71,8 @@ class Meter:
         self._log, self._every = log, run.config.log.every_steps
         self._max_bad_steps = run.config.train.max_bad_steps
         # A token meets the weights of the encoder or of the decoder, and which is not counted here.
-        counts = peak is not None and not run.config.objective.is_paired
-        self._peak = peak * devices.size if counts else None
+        counts = not run.config.objective.is_paired
+        self._peak = peak * devices.size if counts and peak is not None else None
         self._is_labelled = run.config.objective.is_labelled
         self._flops_per_token = flops_per_token(run, mean_length)
         self._waiting: tuple[int, dict[str, Any], int] | None = None

@@ -60,10 +60,10 @@ class Operands:
 
     @classmethod
     def tree_unflatten(cls, static: tuple, children: tuple) -> "Operands":
-        *arrays, offset = children
+        q, k, v, mask, sinks, alibi, relative, offset = children
         known, scale, softcap, softmax_dtype = static
         offset = offset if known is None else known
-        return cls(*arrays, offset, scale, softcap, softmax_dtype)
+        return cls(q, k, v, mask, sinks, alibi, relative, offset, scale, softcap, softmax_dtype)
 
 
 @dataclasses.dataclass(frozen=True)
