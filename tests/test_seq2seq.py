@@ -61,7 +61,6 @@ def run_config(folder: Path, **changes: Any) -> RunConfig:
         ),
         eval=Eval(batch_size=3, every_steps=30, exact_match=True, max_new_tokens=8),
         log=Log(progress="off", tensorboard=False, plot=False),
-        mesh=Mesh(fsdp=1),
     )
     return dataclasses.replace(base, **changes)
 

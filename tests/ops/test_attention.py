@@ -237,7 +237,10 @@ def test_a_bias_by_distance_and_its_gradient_equal_the_reference(causal: bool):
     shapes = (2, 150, 4, 8), (2, 300, 2, 8), (2, 300, 2, 8), (4, 2 * 310 - 1)
     q, k, v, relative = (random.normal(size=shape).astype(np.float32) for shape in shapes)
     dy = random.normal(size=q.shape).astype(np.float32)
-    segments = np.arange(150) // 70 * np.ones((2, 1), int), np.arange(300) // 90 * np.ones((2, 1))
+    segments = (
+        np.arange(150) // 70 * np.ones((2, 1), int),
+        np.arange(300) // 90 * np.ones((2, 1), int),
+    )
     mask = Mask(
         causal, query_segments=jnp.asarray(segments[0]), key_segments=jnp.asarray(segments[1])
     )
