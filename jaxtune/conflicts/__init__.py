@@ -2,10 +2,10 @@
 
 import re
 
-from jaxtune.conflicts.objectives import labelled, paired
 from jaxtune.conflicts import weightless
+from jaxtune.conflicts.objectives import labelled, paired
 from jaxtune.errors import nearest
-from jaxtune.schema import FETCHING, QUANT_FORMATS, WEIGHTLESS, Peft, Quant, RunConfig
+from jaxtune.schema import FETCHING, QUANT_FORMATS, Peft, Quant, RunConfig
 
 # Methods that train the model's own weights.
 WHOLE = ("full", "freeze", "bitfit", "llama_pro", "lisa", "badam")
@@ -240,7 +240,6 @@ def _groups(c: RunConfig) -> list[str]:
             "set one of them to 0"
         )
     return problems
-
 
     return problems
 

@@ -140,8 +140,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "qwen3_moe": {"biases": {"attention_bias": True, "norm_topk_prob": False}},
 }
-# Encoders are in test_heads.py, encoder-decoders in test_t5.py.
-PAIRS = ("mt5", "t5")
+PAIRS = ("mt5", "t5")  # in test_t5.py; encoders are in test_heads.py
 CASES = [(name, variant) for name in VARIANTS for variant in ("tiny", *VARIANTS[name])]
 
 
