@@ -293,7 +293,8 @@ def _forward(
     model = program.skeleton.model(params)
     positions = cache.length + jnp.arange(tokens.shape[1]) - pad[:, None]
     segment_ids = (positions >= 0).astype(jnp.int32)
-    hidden, cache = model.hidden(tokens, jnp.maximum(positions, 0), segment_ids, cache, prompts)
+    told = {} if prompts is None else {"prompts": prompts}
+    hidden, cache = model.hidden(tokens, jnp.maximum(positions, 0), segment_ids, cache, **told)
     return model.logits(hidden[:, -1]), cache
 
 
