@@ -153,8 +153,12 @@ class HeldOut:
             for row, answer in zip(self._rows(), answers, strict=True)
         ]
         if field == "answer" and path.exists():
-            before = {row["prompt"]: row.get("answer_before") for row in read_rows(path)}
-            samples = [row | {"answer_before": before.get(row["prompt"])} for row in samples]
+            before = read_rows(path)
+            if [row["prompt"] for row in before] == [row["prompt"] for row in samples]:
+                samples = [
+                    row | {"answer_before": old.get("answer_before")}
+                    for row, old in zip(samples, before, strict=True)
+                ]
         try:
             lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in samples]
             path.write_text("".join(lines), encoding="utf-8")

@@ -170,6 +170,8 @@ def _describe(
         labelling=labelling_of(run.checkpoint),
         paired=cfg.objective.is_paired,
     )
+    if cfg.peft.method == "reft" and isinstance(train_set, data.Dataset):
+        _require_prompts(train_set.stats)
     rows = cfg.train.micro_batch_size * batch_shards(mesh)
     batches = data.make_loader(
         train_set,
@@ -288,6 +290,15 @@ def _report(
     )
 
 
+def _require_prompts(stats: data.Stats) -> None:
+    """Raises ConfigError if all tokens but the first of every row are trained."""
+    if stats.trained_tokens >= stats.tokens - stats.rows:
+        raise ConfigError(
+            "config.peft.method=reft edits prompts, and the training rows have none: everything in "
+            "them is trained - use rows with prompts and answers, or another method"
+        )
+
+
 def _fingerprint(cfg: RunConfig) -> str:
     """Of the options that change what a step computes; a resume with others is warned of."""
     model = dataclasses.replace(cfg.model, offload_frozen=False)
@@ -309,7 +320,8 @@ def warn_of_changes(cfg: RunConfig, before: Path) -> None:
     except (OSError, ConfigError):  # moved here without its config, or of another version
         return
     sizes = ("num_steps", "num_epochs", "micro_batch_size", "gradient_accumulation_steps")
-    fields = [("train", name) for name in (*sizes, "neftune_alpha")]
+    routing = ("router_aux_loss", "router_bias_update_rate")
+    fields = [("train", name) for name in (*sizes, "neftune_alpha", *routing)]
     fields += [("data", "max_seq_len"), *(("mesh", name) for name in cfg.mesh.axes())]
     changes = []
     for section, name in fields:

@@ -16,7 +16,7 @@ from jaxtune.checkpoint.fused import Arrays, Whole
 from jaxtune.checkpoint.hf import split_path
 from jaxtune.checkpoint.tensors import Checkpoint
 from jaxtune.errors import WeightError
-from jaxtune.models.base import Weight
+from jaxtune.models.base import TRANSPOSE, Weight
 from jaxtune.peft import Adapters, weight_name
 from jaxtune.peft.base import EMBEDDING
 from jaxtune.peft.lora import with_rank
@@ -59,6 +59,11 @@ def on_whole_base(
         path = whole.first.path
         if path in adapters.choice and path != EMBEDDING:
             row = rows[weight_name(split_path(path)[1])]
+            if start == "olora" and row.change is not TRANSPOSE:
+                raise WeightError(
+                    f"init_lora_weights=olora starts from the columns of {whole.name} as it is "
+                    "stored, which is the other way round here - save it merged, with PEFT"
+                )
             kernel = row.change.to_ours(base.read(f"{whole.name}.weight"))
             arrays[whole.name] = _with_taken(start, kernel, values[whole.name], whole)
             whole = whole._replace(config=with_rank(whole.config, 2 * whole.config.rank))

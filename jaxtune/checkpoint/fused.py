@@ -154,6 +154,10 @@ def separated(
         _is_in_blocks(whole, tensor, arrays[leaf], rank // count)
         for leaf, tensor in tensors.items()
     )
+    # The B of a new pair is zero, in nobody's block yet.
+    in_blocks = in_blocks and any(
+        arrays[leaf].any() for leaf, tensor in tensors.items() if "out" in tensor.axes
+    )
     own = rank // count if in_blocks else rank
     config = with_rank(whole.config, own) if rank else whole.config
     for i, module in enumerate(whole.parts):

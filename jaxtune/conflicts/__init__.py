@@ -234,13 +234,12 @@ def _groups(c: RunConfig) -> list[str]:
             f"config.train.attention_group={group} would change nothing: rows have "
             f"{c.data.max_seq_len} tokens - use a quarter of them, or 0"
         )
-    if group and c.train.router_aux_loss:
-        problems.append(
-            "config.train.router_aux_loss balances whole examples, and attention_group cuts them - "
-            "set one of them to 0"
-        )
-    return problems
-
+    for name in ("router_aux_loss", "router_bias_update_rate"):
+        if group and getattr(c.train, name):
+            problems.append(
+                f"config.train.{name} balances whole examples, and attention_group cuts them - "
+                "set one of them to 0"
+            )
     return problems
 
 

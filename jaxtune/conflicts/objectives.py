@@ -15,6 +15,11 @@ def labelled(c: RunConfig) -> list[str]:
     objective, problems = f"objective.name={c.objective.name}", []
     if c.eval.exact_match and not c.objective.has_spans:
         problems.append(f"config.eval.exact_match: {objective} gives no answers - turn it off")
+    if c.eval.exact_match and c.objective.has_spans and c.data.overlong not in ("split", "error"):
+        problems.append(
+            f"config.data.overlong={c.data.overlong} would leave questions on long contexts out of "
+            "eval.exact_match - set it to split, or to error"
+        )
     if c.data.streaming:
         problems.append(f"config.data.streaming: {objective} reads all labels first - turn it off")
     if c.data.cuts_examples or not c.data.isolated:

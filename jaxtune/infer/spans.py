@@ -85,7 +85,8 @@ def _batch(part: Sequence[_Window], rows: int, length: int) -> TokenBatch:
 def _best(window: _Window, scores: np.ndarray, longest: int, context: str) -> tuple[float, str]:
     """The score and text of the best span in the window's part of the context."""
     _, encoding, kept = window
-    inside = np.flatnonzero([encoding.sequence_ids[token] == 1 for token in kept])
+    belongs = encoding.sequence_ids  # a new list each time that it is asked for
+    inside = np.flatnonzero([belongs[token] == 1 for token in kept])
     if not len(inside):
         return -np.inf, ""
     starts, ends = scores[inside].T

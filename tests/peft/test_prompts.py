@@ -305,6 +305,8 @@ def test_a_run_from_start_to_answers(case: str, tmp_path: Path) -> None:
         "quant": {"format": ("int8",)} if case == "vocab" else {},
     }
     whole = train(test_train.run_config(tmp_path, "whole", **sections))
+    rows = [json.loads(line) for line in whole.paths["metrics"].read_text().splitlines()]
+    assert all(row["grad_norm"] > 0 for row in rows if row["split"] == "train")
     tensors = read_header(whole.paths["adapter"] / WEIGHTS_FILE)
     assert list(tensors) == ["prompt_embeddings"]
     samples = [json.loads(line) for line in whole.paths["samples"].read_text().splitlines()]

@@ -304,6 +304,14 @@ def test_contradictions_are_refused(changes: dict, message: str, tmp_path: Path)
         train(test_train.run_config(tmp_path, "run", **sections))
 
 
+def test_rows_without_a_prompt_are_refused(tmp_path: Path):
+    text = tmp_path / "text.jsonl"
+    text.write_text('{"text": "red blue red blue"}\n' * 8)
+    sections = {"peft": {"rank": 4, "method": "reft"}, "data": {"train": (str(text),), "eval": ()}}
+    with pytest.raises(ConfigError, match="the training rows have none"):
+        train(test_train.run_config(tmp_path, "run", **sections))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("quantized", [(), ("int8",)])
 def test_a_run_from_start_to_answers(quantized: tuple, tmp_path: Path):

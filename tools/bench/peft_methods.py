@@ -131,7 +131,8 @@ def write_pages(found: dict[str, Any], folder: Path) -> None:
     (folder / "measured.md").write_text(page(found))
     told: dict[str, list[str]] = {}
     for name, row in found.items():
-        losses = ", ".join(f"{row['losses'][str(step)]:.2f}" for step in SHOWN)
+        shown = [str(step) for step in SHOWN if str(step) in row["losses"]]
+        losses = ", ".join(f"{row['losses'][step]:.2f}" for step in shown)
         right = f"{row['exact_match'] * HELD_OUT:.0f} of {HELD_OUT}"
         told.setdefault(PAGES.get(name, name), []).append(f"- `{name}` {losses}; {right}.")
     for stem, lines in told.items():
@@ -158,7 +159,7 @@ def main() -> None:
         return
     arguments.out.mkdir(parents=True, exist_ok=True)
     for name in arguments.only.split(","):
-        if name in found:
+        if name in found and len(found[name]["losses"]) == arguments.steps:
             continue
         found[name] = measure(ROWS[name], arguments.steps, arguments.out / name)
         print(name, json.dumps(found[name]), flush=True)
