@@ -107,6 +107,7 @@ def page(found: dict[str, Any]) -> str:
         "The learning rates are those of the literature or a first guess, not tuned: read the",
         "tables as costs and as proof that each method learns, not as a ranking. BitFit is missing",
         "because this model has no biases, LongLoRA because its nine heads have no two halves.",
+        "AdaLoRA's training loss has its penalty in it.",
         "Made by `tools/bench/peft_methods.py`.",
         "",
         "| method | trained parameters | step | memory | exact answers | held-out loss |",
