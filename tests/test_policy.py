@@ -1,4 +1,3 @@
-import dataclasses
 from types import SimpleNamespace
 
 import jax
@@ -18,7 +17,7 @@ def test_an_expert_axis_needs_experts_that_it_divides():
     mesh = make_mesh(config.mesh.axes(), jax.devices()[:2])
     with pytest.raises(ConfigError, match=r"mesh.expert=2: the model has no experts"):
         resolve_policy(config, MODEL, mesh)
-    fields = dataclasses.asdict(MODEL)
+    fields = vars(MODEL)
     with pytest.raises(ConfigError, match="has 3 experts"):
         resolve_policy(config, SimpleNamespace(**fields, num_experts=3), mesh)
     assert resolve_policy(config, SimpleNamespace(**fields, num_experts=4), mesh).mesh is mesh

@@ -39,6 +39,7 @@ _LABELS = (
     "--config.objective.labels=yes,no",
 )
 _NEW_POOLER = ("--config.peft.modules_to_save=pooler", "--config.peft.exclude_modules=pooler")
+_PAIRS = (_FULL, "--config.objective.name=seq2seq", "--config.data.packing=false")
 _EXPERTS = (_FULL, "--config.mesh.expert=4")
 _V5E = "v5e:4x4"
 # By model_type, the published size nearest to 7B; of encoders the largest, of mixtures the
@@ -73,6 +74,7 @@ FAMILIES = {
     "llama": (_V5E, "llama:8b", _FULL),
     "mistral": (_V5E, "mistral:7b", _FULL),
     "mixtral": (_V5E, "mixtral:8x7b", *_EXPERTS),
+    "mt5": (_V5E, "mt5:xl", *_PAIRS),
     "olmo2": (_V5E, "olmo2:7b", _FULL),
     "opt": (_V5E, "opt:6.7b", _FULL),
     "phi3": (_V5E, "phi3:3.8b", _FULL),
@@ -83,6 +85,7 @@ FAMILIES = {
     "qwen3_moe": (_V5E, "qwen3_moe:30b-a3b", *_EXPERTS),
     "roberta": (_V5E, "roberta:355m", *_LABELS),
     "stablelm": (_V5E, "stablelm:3b", _FULL),
+    "t5": (_V5E, "t5:3b", *_PAIRS),
 }
 SHARED = (
     f"--config={ROOT / 'configs' / 'lora.py'}",
