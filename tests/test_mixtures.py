@@ -21,7 +21,7 @@ from tests import oracle, test_train, tolerances
 SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 259}
 SIZES |= {"intermediate_size": 64, "moe_intermediate_size": 64, "max_position_embeddings": 256}
 LORA = {"peft": {"rank": 4}, "train": {"router_aux_loss": 0.01}}
-FULL = {"peft": {"method": "full"}}
+FULL = {"peft": {"method": "full", "rank": 16}}
 CASES = [
     ("mixtral", LORA, 2),
     ("mixtral", LORA | {"quant": {"format": ("nf4",)}}, 2),
