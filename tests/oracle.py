@@ -1,5 +1,6 @@
 """Random tiny Llamas that transformers and jaxtune compute alike, and how to compare results."""
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ from flax import nnx
 
 from jaxtune import models, peft, tree
 from jaxtune.checkpoint.hf import load_weights, quantized_kernels
+from jaxtune.checkpoint.safetensors import read_folder, read_tensor
 from jaxtune.checkpoint.tensors import Checkpoint, TensorInfo
 from jaxtune.models.base import Weight
 from jaxtune.nn import quantized
@@ -89,6 +91,16 @@ def checkpoint_of(model: Any) -> Checkpoint:
         tensors.pop("lm_head.weight", None)
     infos = {name: TensorInfo(array.shape, array.dtype) for name, array in tensors.items()}
     return Checkpoint("random", Path("random"), config, None, infos, lambda name: tensors[name])
+
+
+def assert_same_files(folder: Path, checkpoint: Checkpoint) -> None:
+    """Whether a folder has the config and, to the bit, the tensors of a checkpoint."""
+    written = json.loads((folder / "config.json").read_text())
+    assert written == json.loads(json.dumps(checkpoint.config))
+    locations = read_folder(folder)
+    assert set(locations) == set(checkpoint.tensors)
+    for tensor, location in locations.items():
+        np.testing.assert_array_equal(read_tensor(location), checkpoint.read(tensor), tensor)
 
 
 def published_names(tensors: Mapping[str, Any], model: Any) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from jaxtune.checkpoint.adapter import load_adapter, save_adapter
 from jaxtune.checkpoint.fused import require_supported
 from jaxtune.checkpoint.hf import load_weights
 from jaxtune.checkpoint.hf_save import save_model
-from jaxtune.checkpoint.safetensors import read_folder, read_tensor, write_folder
+from jaxtune.checkpoint.safetensors import write_folder
 from jaxtune.checkpoint.source import open_checkpoint
 from jaxtune.checkpoint.tensors import Checkpoint
 from jaxtune.data.batch import TokenBatch
@@ -183,12 +183,7 @@ def test_logits_and_round_trip(name: str, variant: str, tmp_path: Path):
     assert oracle.difference(oracle.logits(loaded, tokens), expected) <= tolerances.LOGITS
     folder = tmp_path / "out"
     save_model(folder, loaded.params, checkpoint, loaded.weights, loaded.stacks)
-    written = json.loads((folder / "config.json").read_text())
-    assert written == json.loads(json.dumps(checkpoint.config))
-    locations = read_folder(folder)
-    assert set(locations) == set(checkpoint.tensors)
-    for tensor, location in locations.items():
-        np.testing.assert_array_equal(read_tensor(location), checkpoint.read(tensor), tensor)
+    oracle.assert_same_files(folder, checkpoint)
 
 
 @cases("gptj-tiny")

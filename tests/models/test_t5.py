@@ -17,7 +17,6 @@ from jaxtune.checkpoint.adapter import load_adapter, save_adapter
 from jaxtune.checkpoint.hf import load_weights
 from jaxtune.checkpoint.hf_save import save_model
 from jaxtune.checkpoint.label_head import with_head
-from jaxtune.checkpoint.safetensors import read_folder, read_tensor
 from jaxtune.checkpoint.source import open_checkpoint
 from jaxtune.checkpoint.tensors import Checkpoint
 from jaxtune.data.batch import PairBatch
@@ -150,12 +149,7 @@ def test_loss_logits_gradients_and_files(case: str, tmp_path: Path):
 
     folder = tmp_path / "out"
     save_model(folder, loaded.params, checkpoint, loaded.weights, loaded.stacks)
-    written = json.loads((folder / "config.json").read_text())
-    assert written == json.loads(json.dumps(checkpoint.config))
-    locations = read_folder(folder)
-    assert set(locations) == set(checkpoint.tensors)
-    for tensor, location in locations.items():
-        np.testing.assert_array_equal(read_tensor(location), checkpoint.read(tensor), tensor)
+    oracle.assert_same_files(folder, checkpoint)
 
 
 @cases("flan")
