@@ -8,6 +8,8 @@ HBM, HOST = 0, 5  # memory spaces; others are on the chip
 # What only names, groups or orders values, and the ends of what was begun before.
 NO_WORK = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "iota"}
 NO_WORK |= {"opt-barrier", "partition-id", "replica-id", "add-dependency"}
+# Calls by which XLA for TPU names buffers and joins the slices of a prefetch.
+_NO_WORK_TARGETS = ("AllocateBuffer", "AssumeGatherIndicesInBound", "ConcatBitcast")
 _SLICES = ("dynamic-slice", "slice", "gather")
 
 
@@ -22,6 +24,8 @@ def traffic(program: Program, scope: Computation, op: Op) -> float:
         return 0.0
     if op.kind == "fusion":
         return _of_fusion(program, scope, op)
+    if op.kind == "custom-call" and any(f'"{name}"' in op.rest for name in _NO_WORK_TARGETS):
+        return 0.0
     if op.kind in _SLICES:
         return 2 * _bytes(op.leaves)
     if op.kind == "dynamic-update-slice":
@@ -78,6 +82,8 @@ def _updated(inside: Computation, output: Op) -> Op | None:
 
 def _read(program: Program, inside: Computation, name: str) -> float:
     """Bytes that a fusion reads of an operand: no more than its slices, if only they are used."""
+    if inside[name].root:
+        return _bytes(inside[name].leaves)  # handed on whole, to what reads the inner fusion
     total = 0.0
     for user in inside.values():
         if user.kind == "constant" or name not in user.operands:

@@ -136,3 +136,30 @@ def test_a_kernel_counts_as_it_says():
     work = Reading(KERNEL, {"data": 1}, CHIPS["NVIDIA H100"]).work()
     assert work.flops == 4e9
     assert work.seconds == work.kernel_seconds == 4e9 / (989e12 * KERNEL_SHARE)
+
+
+FUSED = """HloModule fused
+
+%named (x.1: bf16[32,32]) -> bf16[1024] {
+  %x.1 = bf16[32,32] parameter(0)
+  ROOT %flat = bf16[1024] bitcast(%x.1)
+}
+
+%doubled (x.2: bf16[32,32]) -> bf16[1024] {
+  %x.2 = bf16[32,32] parameter(0)
+  %inner = bf16[1024] fusion(%x.2), kind=kLoop, calls=%named
+  ROOT %sum = bf16[1024] add(%inner, %inner)
+}
+
+ENTRY %main (x: bf16[32,32]) -> bf16[1024] {
+  %x = bf16[32,32] parameter(0)
+  %part = bf16[16,32] slice(%x), slice={[0:16], [0:32]}
+  %whole = bf16[32,32] custom-call(%part, %part), custom_call_target="ConcatBitcast"
+  ROOT %y = bf16[1024] fusion(%whole), kind=kLoop, calls=%doubled
+}
+"""
+
+
+def test_what_only_names_values_moves_nothing_and_hides_nothing():
+    # The slice is read and written, the fusion reads and writes; joining slices costs nothing.
+    assert Reading(FUSED, {"data": 1}).work().memory_bytes == 2 * 16 * 32 * 2 + 2 * 1024 * 2
