@@ -85,11 +85,14 @@ class Linear(nnx.Module):
     def gathered_pair(self, a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
         """a [D_in, R] and b [R, D_out] with their shards brought together, as the kernel's are."""
         in_axis, out_axis = self.axes
-        return self._gathered(a, (in_axis, None)), self._gathered(b, (None, out_axis))
+        gather = functools.partial(self._gathered, is_small=True)
+        return gather(a, (in_axis, None)), gather(b, (None, out_axis))
 
-    def _gathered(self, weight: Any, axes: tuple[str | None, str | None]) -> Any:
-        policy = self.policy
-        return gathered(weight, axes, policy.mesh, scatter=policy.sharding_stage > 1)
+    def _gathered(
+        self, weight: Any, axes: tuple[str | None, str | None], *, is_small: bool = False
+    ) -> Any:
+        scatter = self.policy.sharding_stage > 1
+        return gathered(weight, axes, self.policy.mesh, scatter=scatter, is_small=is_small)
 
     def add_bias(self, y: jax.Array) -> jax.Array:
         """Adds the bias, if the layer has one."""

@@ -189,10 +189,10 @@ def _rematerialized(layer: Callable, remat: str, *, scanned: bool) -> Callable:
     policies = jax.checkpoint_policies
     names = ["linear", "attention"]
     policy = {
-        "dots": policies.save_only_these_names(*names),
-        "full": policies.nothing_saveable,
+        "dots": policies.save_only_these_names(*names, "low_rank"),
+        "full": policies.save_only_these_names("low_rank"),
         "offload": policies.save_and_offload_only_these_names(
-            names_which_can_be_saved=[],
+            names_which_can_be_saved=["low_rank"],
             names_which_can_be_offloaded=names,
             offload_src="device",
             offload_dst="pinned_host",

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -150,7 +150,7 @@ def moved(x: jax.Array, before: Axes, after: Axes, mesh: Mesh | None) -> jax.Arr
 
     if mesh is None or mesh.size == 1:
         return x
-    return _constrained(x, spec(x.shape, after, mesh), spec(x.shape, before, mesh), mesh)
+    return _constrained(x, spec(x.shape, after, mesh), [spec(x.shape, before, mesh)], mesh)
 
 
 def placed(
@@ -192,7 +192,9 @@ def fetched(value: jax.Array, axes: Axes, mesh: Mesh | None) -> jax.Array:
     return on_shards(fetch, mesh, part, part)(value)
 
 
-def gathered(value: Any, axes: Axes, mesh: Mesh | None, *, scatter: bool = True) -> Any:
+def gathered(
+    value: Any, axes: Axes, mesh: Mesh | None, *, scatter: bool = True, is_small: bool = False
+) -> Any:
     """A weight, as an array or quantized, with its shards of the `GATHERED` axes brought together.
 
     Called inside a layer: without it the partitioner may move activations instead, and sends
@@ -203,13 +205,16 @@ def gathered(value: Any, axes: Axes, mesh: Mesh | None, *, scatter: bool = True)
         axes: logical names of its axes.
         mesh: None: one device.
         scatter: whether its gradient is cut into the shards again; else it stays whole.
+        is_small: whether its gradient is summed before it is cut. The partitioner would rather
+            compute and pass on one shard after the other in a loop: faster for a large weight only.
     """
     if mesh is None or all(mesh.shape.get(a, 1) == 1 for a in GATHERED):
         return value
 
     def gather(leaf: jax.Array, part: PartitionSpec) -> jax.Array:
         whole = _without_gathered(part)
-        return _constrained(leaf, whole, part if scatter else whole, mesh)
+        cut = [part] if scatter else []
+        return _constrained(leaf, whole, [whole, *cut] if is_small else cut or [whole], mesh)
 
     return jax.tree.map(gather, value, specs(value, axes, mesh))
 
@@ -228,14 +233,21 @@ def _without_gathered(part: PartitionSpec) -> PartitionSpec:
     return PartitionSpec(*(tuple(a for a in axes if a not in GATHERED) or None for axes in named))
 
 
-def _constrained(x: jax.Array, to: PartitionSpec, back: PartitionSpec, mesh: Mesh) -> jax.Array:
-    """x where `to` says, its cotangent where `back` says."""
+def _constrained(
+    x: jax.Array, to: PartitionSpec, back: Sequence[PartitionSpec], mesh: Mesh
+) -> jax.Array:
+    """x where `to` says, its cotangent where `back` says, one place after the other."""
 
     @jax.custom_vjp
     def move(x: jax.Array) -> jax.Array:
         return _placed(x, to, mesh)
 
-    move.defvjp(lambda x: (_placed(x, to, mesh), None), lambda _, g: (_placed(g, back, mesh),))
+    def move_back(_: None, g: jax.Array) -> tuple[jax.Array]:
+        for part in back:
+            g = _placed(g, part, mesh)
+        return (g,)
+
+    move.defvjp(lambda x: (_placed(x, to, mesh), None), move_back)
     return move(x) if jnp.issubdtype(x.dtype, jnp.inexact) else _placed(x, to, mesh)
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 
 from jaxtune.ops.matmul import xla
@@ -107,7 +108,7 @@ def _adapted_product(
     a, b = a.astype(x.dtype), b.astype(x.dtype)
     if _merges(implementation, x, w):
         return dot(x, xla.dense(w, x.dtype) + a @ b, x.dtype), None
-    xa = _thin(stay_transposed(a.T), x)
+    xa = checkpoint_name(_thin(stay_transposed(a.T), x), "low_rank")
     return _forward(implementation, x, w, (xa, b)), xa
 
 
