@@ -39,7 +39,7 @@ x = at((16, 2048, 4096), jnp.bfloat16, "fsdp")
 places = jax.tree.map(lambda leaf: leaf.sharding, pair)
 step = jax.jit(jax.grad(loss), out_shardings=places)
 text = step.lower(pair, params, x).compile().as_text()
-print(text.count("all-reduce(") > 0 or text.count("reduce-scatter(") > 0, text.count("collective-permute"))
+print("all-reduce(" in text or "reduce-scatter(" in text, text.count("collective-permute"))
 """
 
 
