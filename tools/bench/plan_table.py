@@ -43,7 +43,7 @@ _PAIRS = (_FULL, "--config.objective.name=seq2seq", "--config.data.packing=false
 _EXPERTS = (_FULL, "--config.mesh.expert=4")
 _V5E = "v5e:4x4"
 # By model_type, the published size nearest to 7B; of encoders the largest, of mixtures the
-# smallest. Rows are as long as the model has positions, 2048 at most.
+# smallest. Rows are 2048 tokens, or what the model or the chips have room for.
 FAMILIES = {
     "baichuan": (_V5E, "baichuan:2-7b", _FULL),
     "bert": (_V5E, "bert:335m", *_LABELS, *_NEW_POOLER),
@@ -55,6 +55,7 @@ FAMILIES = {
         "deepseek_v3:671b",
         _FULL,
         "--config.mesh.expert=16",
+        "--config.quant.format=nf4",
         "--config.data.max_seq_len=512",
     ),
     "electra": (_V5E, "electra:335m", *_LABELS),
@@ -66,7 +67,7 @@ FAMILIES = {
     "glm4": (_V5E, "glm4:9b", _FULL),
     "gpt2": (_V5E, "gpt2:1.5b", _FULL, "--config.data.max_seq_len=1024"),
     "gpt_neox": (_V5E, "gpt_neox:6.9b", _FULL),
-    "gpt_oss": (_V5E, "gpt_oss:20b", *_EXPERTS),
+    "gpt_oss": (_V5E, "gpt_oss:20b", *_EXPERTS, "--config.data.max_seq_len=1024"),
     "gptj": (_V5E, "gptj:6b", _FULL),
     "internlm": (_V5E, "internlm:7b", _FULL),
     "internlm2": (_V5E, "internlm2:7b", _FULL),
