@@ -115,9 +115,9 @@ def _adapted(
     if unused or not adapted:
         if any(is_target(module.name.rpartition(".")[0], targets) for module in candidates):
             raise WeightError(
-                f"{folder / CONFIG_FILE}: {unused or targets} are several layers here, and {name} "
-                "of all at once is none of each - merge it with PEFT and start from the merged "
-                "model"
+                f"{folder / CONFIG_FILE}: {unused or targets} are several layers here, or have "
+                f"their outputs in another order, and {name} of the whole is none of these - merge "
+                "it with PEFT and start from the merged model"
             )
         known = sorted({module.name.rsplit(".", 1)[-1] for module in candidates})
         raise WeightError(
