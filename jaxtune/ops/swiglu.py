@@ -11,10 +11,7 @@ def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
 
 
 def _backward(saved: tuple, d: jax.Array) -> tuple:
-    # XLA for TPU would compute this at the end of a product that makes one of the three, which it
-    # then slows down: tiles of the other two and of two results leave that less room on the chip.
-    whole = jax.lax.optimization_barrier((*saved, d))
-    gate, up, d = (array.astype(jnp.float32) for array in whole)
+    gate, up, d = (array.astype(jnp.float32) for array in (*saved, d))
     sigmoid = jax.nn.sigmoid(gate)
     d_gate = d * up * sigmoid * (1 + gate * (1 - sigmoid))
     return d_gate.astype(saved[0].dtype), (d * gate * sigmoid).astype(saved[1].dtype)
