@@ -72,20 +72,33 @@ class MLP(nnx.Module):
         gate, up = self.gate_proj(x), self.up_proj(x)
         if isinstance(self.up_proj.kernel.get_value(), QArray):
             return self.down_proj(self.gate(gate, up))
-        return self.down_proj(_settled(self.gate(_settled(gate), _settled(up))))
+        return self.down_proj(_with_settled_gradient(self.gate(_settled(gate), _settled(up))))
+
+
+def _barrier(x: jax.Array) -> jax.Array:
+    return jax.lax.platform_dependent(x, tpu=jax.lax.optimization_barrier, default=lambda x: x)
 
 
 @jax.custom_vjp
 def _settled(x: jax.Array) -> jax.Array:
-    """x, which XLA for TPU computes before what follows; its gradient too.
+    """x, which XLA for TPU computes before what follows.
 
     Else it makes the gate, and the gate's gradient, the end of a dense product, which that slows
     down: tiles of more operands and results leave less room for the product's own.
     """
-    return jax.lax.platform_dependent(x, tpu=jax.lax.optimization_barrier, default=lambda x: x)
+    return _barrier(x)
 
 
-_settled.defvjp(lambda x: (_settled(x), None), lambda _, g: (_settled(g),))
+_settled.defvjp(lambda x: (_barrier(x), None), lambda _, g: (g,))
+
+
+@jax.custom_vjp
+def _with_settled_gradient(x: jax.Array) -> jax.Array:
+    """x, whose gradient XLA for TPU computes before what follows."""
+    return x
+
+
+_with_settled_gradient.defvjp(lambda x: (x, None), lambda _, g: (_barrier(g),))
 
 
 class PlainMLP(nnx.Module):
