@@ -101,7 +101,8 @@ class Model:
         "auto",
         "what the backward pass recomputes: none, attention (its internals), dots (all but "
         "matmul outputs), offload (like dots, the outputs kept in host memory), full (all but "
-        "layer inputs); auto: the cheapest whose compiled program fits the device",
+        "layer inputs and, of adapters, x A); auto: the cheapest whose compiled program fits the "
+        "device",
         choices=("auto", "none", "attention", "dots", "offload", "full"),
     )
     offload_frozen: bool = _field(

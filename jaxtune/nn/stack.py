@@ -21,7 +21,8 @@ from jaxtune.nn.params import Policy, SharedConstant
 from jaxtune.nn.turns import is_rows, scan_some
 from jaxtune.sharding import pipeline
 
-# From the fastest to the leanest; "offload" keeps what "dots" keeps, in host memory.
+# From the fastest to the leanest; "offload" keeps what "dots" keeps, in host memory. All keep an
+# adapter's x A: a few numbers for each token, for which x would be read again.
 REMAT = ("none", "attention", "dots", "offload", "full")
 
 
