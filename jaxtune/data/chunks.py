@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
@@ -18,6 +18,8 @@ from jaxtune.schema import Data
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+Record = TypeVar("Record")
+Made = TypeVar("Made")
 COUNTED: tuple[str, ...] = ("bad", "truncated", "dropped", "untrained", "split", "unended")
 
 
@@ -37,13 +39,7 @@ def make_chunk(records: Sequence[Example | BadRow], chat: Chat, cfg: Data) -> Ch
     counts: list[dict[str, int]] = []
     bad: list[str] = []
     overlong: list[str] = []
-    for owner, (example, made) in enumerate(_tokenized(records, chat, cfg)):
-        count: dict[str, int] = dict.fromkeys(COUNTED, 0)
-        counts.append(count)
-        if isinstance(example, BadRow):
-            count["bad"] = 1
-            bad.append(str(example))
-            continue
+    for owner, example, made, count in counted(_tokenized(records, chat, cfg), counts, bad):
         count["split"] = max(len(made) - 1, 0)
         fitted = fit(example, made, chat, cfg, count)
         if cfg.overlong == "error":
@@ -55,6 +51,26 @@ def make_chunk(records: Sequence[Example | BadRow], chat: Chat, cfg: Data) -> Ch
         rows += usable
         owners += [owner] * len(usable)
     return joined(rows, owners, counts, bad, overlong)
+
+
+def counted(
+    records: Iterable[tuple[Record | BadRow, Made]], counts: list[dict[str, int]], bad: list[str]
+) -> Iterator[tuple[int, Record, Made, dict[str, int]]]:
+    """Each good record: its number, itself, what was made of it, and its counts, to be raised.
+
+    Args:
+        records: with what was made of each, nothing of a bad one.
+        counts: a dictionary with the keys of `COUNTED` is added for each record.
+        bad: what is wrong with each bad record is added.
+    """
+    for owner, (record, made) in enumerate(records):
+        count: dict[str, int] = dict.fromkeys(COUNTED, 0)
+        counts.append(count)
+        if isinstance(record, BadRow):
+            count["bad"] = 1
+            bad.append(str(record))
+        else:
+            yield owner, record, made, count
 
 
 def joined(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from jaxtune.data.batch import TokenRow
-from jaxtune.data.chunks import COUNTED, joined
+from jaxtune.data.chunks import counted, joined
 from jaxtune.data.examples import Classified, Extractive, Labelled, Tagged
 from jaxtune.data.labelling import Labelling
 from jaxtune.data.rows import BadRow, RowError
@@ -89,14 +89,8 @@ def _chunk(
     counts: list[dict[str, int]] = []
     bad: list[str] = []
     overlong: list[str] = []
-    for owner, (record, made) in enumerate(_encoded(records, backend, labelling)):
-        count: dict[str, int] = dict.fromkeys(COUNTED, 0)
-        counts.append(count)
-        if isinstance(record, BadRow):
-            count["bad"] = 1
-            bad.append(str(record))
-            continue
-        encoding, marks = made
+    made = _encoded(records, backend, labelling)
+    for owner, record, (encoding, marks), count in counted(made, counts, bad):
         if encoding.overflowing and cfg.overlong == "error":
             overlong.append(record.origin)
         if encoding.overflowing:

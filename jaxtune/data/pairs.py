@@ -6,12 +6,12 @@ target always ends with EOS, whether the tokenizer puts it there or not.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from jaxtune.data.batch import PairBatch, TokenRow
-from jaxtune.data.chunks import COUNTED, joined
+from jaxtune.data.chunks import counted, joined
 from jaxtune.data.examples import Example, Message
 from jaxtune.data.rows import BadRow
 from jaxtune.data.table import Chunk, TokenTable
@@ -73,24 +73,13 @@ def _chunk(
     end: np.ndarray,
     overlong: str,
 ) -> Chunk:
-    records = [_checked(record) for record in records]
-    good = [record for record in records if isinstance(record, Example)]
-    sources = of_sources.encode_batch([source_text(record.messages[:-1]) for record in good])
-    targets = of_targets.encode_batch([record.messages[-1].content for record in good])
-    encoded = zip(sources, targets, strict=True)
     rows: list[TokenRow] = []
     owners: list[int] = []
     counts: list[dict[str, int]] = []
     bad: list[str] = []
     refused: list[str] = []
-    for owner, record in enumerate(records):
-        count: dict[str, int] = dict.fromkeys(COUNTED, 0)
-        counts.append(count)
-        if isinstance(record, BadRow):
-            count["bad"] = 1
-            bad.append(str(record))
-            continue
-        source, target = next(encoded)
+    made = _encoded(records, of_sources, of_targets)
+    for owner, record, (source, target), count in counted(made, counts, bad):
         if source.overflowing or target.overflowing:
             count["truncated" if overlong == "truncate_right" else "dropped"] = 1
             if overlong == "error":
@@ -105,6 +94,19 @@ def _chunk(
         rows.append(TokenRow(np.concatenate(parts), trained))
         owners.append(owner)
     return joined(rows, owners, counts, bad, refused)
+
+
+def _encoded(
+    records: Sequence[Example | BadRow], of_sources: "Tokenizer", of_targets: "Tokenizer"
+) -> Iterator[tuple[Example | BadRow, Any]]:
+    """Each record with the encodings of its source and its target; one without has become bad."""
+    records = [_checked(record) for record in records]
+    good = [record for record in records if isinstance(record, Example)]
+    sources = of_sources.encode_batch([source_text(record.messages[:-1]) for record in good])
+    targets = of_targets.encode_batch([record.messages[-1].content for record in good])
+    encoded = zip(sources, targets, strict=True)
+    for record in records:
+        yield record, None if isinstance(record, BadRow) else next(encoded)
 
 
 def _checked(record: Example | BadRow) -> Example | BadRow:

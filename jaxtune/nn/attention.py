@@ -92,19 +92,29 @@ class Segments(NamedTuple):
     shifted: jax.Array | None = None
 
 
+def projections(
+    config: AttentionConfig, policy: Policy, rngs: nnx.Rngs
+) -> tuple[Linear, Linear, Linear, Linear]:
+    """Those of queries, keys, values and the output."""
+    c, make = config, functools.partial(Linear, policy=policy, rngs=rngs)
+    queries, keys = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+    return (
+        make(c.hidden_size, queries, axes=("embed", "heads"), bias=c.qkv_bias),
+        make(c.hidden_size, keys, axes=("embed", "kv_heads"), bias=c.qkv_bias),
+        make(c.hidden_size, keys, axes=("embed", "kv_heads"), bias=c.qkv_bias),
+        make(queries, c.hidden_size, axes=("heads", "embed"), bias=c.out_bias),
+    )
+
+
 class Attention(nnx.Module):
     """[B, T, D] -> [B, T, D] with N query heads and K key/value heads of size H."""
 
     def __init__(self, config: AttentionConfig, *, policy: Policy, rngs: nnx.Rngs):
         c = config
-        make = functools.partial(Linear, policy=policy, rngs=rngs)
         queries, keys = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
         self.config = c
         self.policy = policy
-        self.q_proj = make(c.hidden_size, queries, axes=("embed", "heads"), bias=c.qkv_bias)
-        self.k_proj = make(c.hidden_size, keys, axes=("embed", "kv_heads"), bias=c.qkv_bias)
-        self.v_proj = make(c.hidden_size, keys, axes=("embed", "kv_heads"), bias=c.qkv_bias)
-        self.o_proj = make(queries, c.hidden_size, axes=("heads", "embed"), bias=c.out_bias)
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = projections(c, policy, rngs)
         self.sinks: Any = nnx.data(None)
         if c.has_sinks:
             zeros = jnp.zeros((c.num_heads,), policy.param_dtype)

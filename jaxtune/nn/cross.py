@@ -1,13 +1,10 @@
 """Attention from one sequence to another: queries of a decoder, keys and values of an encoder."""
 
-import functools
-
 import jax
 from flax import nnx
 
-from jaxtune.nn.attention import AttentionConfig, Segments, mixed
+from jaxtune.nn.attention import AttentionConfig, Segments, mixed, projections
 from jaxtune.nn.cache import KeysValues, Past
-from jaxtune.nn.linear import Linear
 from jaxtune.nn.params import Policy
 from jaxtune.ops.attention import Mask
 
@@ -16,15 +13,9 @@ class CrossAttention(nnx.Module):
     """[B, T, D] -> [B, T, D], with keys and values of [B, S, D]; no positions enter."""
 
     def __init__(self, config: AttentionConfig, *, policy: Policy, rngs: nnx.Rngs):
-        c = config
-        make = functools.partial(Linear, policy=policy, rngs=rngs)
-        queries, keys = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-        self.config = c
+        self.config = config
         self.policy = policy
-        self.q_proj = make(c.hidden_size, queries, axes=("embed", "heads"))
-        self.k_proj = make(c.hidden_size, keys, axes=("embed", "kv_heads"))
-        self.v_proj = make(c.hidden_size, keys, axes=("embed", "kv_heads"))
-        self.o_proj = make(queries, c.hidden_size, axes=("heads", "embed"))
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = projections(config, policy, rngs)
 
     def keys_values(self, memory: jax.Array) -> KeysValues:
         """Keys and values [B, S, K, H] of an encoder's output [B, S, D]."""

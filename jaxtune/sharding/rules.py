@@ -213,8 +213,8 @@ def gathered(
 
     def gather(leaf: jax.Array, part: PartitionSpec) -> jax.Array:
         whole = _without_gathered(part)
-        cut = [part] if scatter else []
-        return _constrained(leaf, whole, [whole, *cut] if is_small else cut or [whole], mesh)
+        last = part if scatter else whole
+        return _constrained(leaf, whole, [whole, last] if is_small else [last], mesh)
 
     return jax.tree.map(gather, value, specs(value, axes, mesh))
 
